@@ -1,0 +1,1 @@
+"""onebase: one frozen base model, many LoRA adapters."""

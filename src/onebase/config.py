@@ -1,0 +1,351 @@
+"""Every option, once: frozen dataclasses whose fields are the Python keywords, the YAML keys and the flags.
+
+An option's help, and where its default comes from, stand in the field's metadata. Options are flat: the
+dataclasses group them, a user never writes the group's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from onebase.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+REGEX_PREFIX = "re:"
+
+# Checks that stop a run before its first step; `--allow NAME` lets a run pass one of them.
+GATES: dict[str, str] = {
+    "no-loss": "a row without a single token that carries loss",
+    "no-eos": "an end-of-text token never carries loss, so the model would not learn to stop",
+    "double-bos": "a row starts with two beginning-of-text tokens",
+    "unmarked-turns": "the chat template does not let assistant turns be told from the rest",
+    "untrained-special": "the loss covers added special tokens whose embedding is frozen and untrained",
+    "uneven-targets": "a target matches in some layers and not in others",
+    "unused-adapter": "an adapted module took no part in the first step",
+}
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; `default` may be a zero-argument factory such as `list`."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _require(name: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"option {name}={value!r}", f"must be {wanted}")
+
+
+def _pairs(name: str, value: Mapping[str, Any] | str, convert: Callable[[str], Any]) -> dict[str, Any]:
+    """`a=b,c=d` or a mapping, as a dict with converted values."""
+    if isinstance(value, str):
+        items = [part.partition("=") for part in value.split(",") if part]
+        for key, equals, text in items:
+            _require(
+                name, value, bool(key and equals and text), "pairs such as prompt=question,completion=answer"
+            )
+        value = {key.strip(): text.strip() for key, _, text in items}
+    try:
+        return {str(key): convert(item) for key, item in value.items()}
+    except ValueError as error:
+        raise ConfigError(f"option {name}={value!r}", str(error)) from error
+
+
+def _names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    """A list of names, or one string of comma-separated names, as a tuple."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = value.split(",")
+    return tuple(part.strip() for part in value if part.strip())
+
+
+def _set(config: object, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is: where it goes and how large it is. Names follow PEFT's `LoraConfig`."""
+
+    rank: int = opt(
+        16, "rank r of the update B·A (16: Unsloth's and QLoRA-style default; E2E in the LoRA paper used 4)"
+    )
+    alpha: float = opt(
+        32.0,
+        "scale numerator: the update is multiplied by alpha/rank (2x rank: 'LoRA Learns Less', Biderman et al. 2024)",
+    )
+    dropout: float = opt(0.0, "dropout on the adapter's input while training (0: Unsloth, torchtune)")
+    target_modules: str | list[str] = opt(
+        ALL_LINEAR,
+        "'all-linear' (every linear layer but the output head: QLoRA, 'LoRA Without Regret'), "
+        "module names such as q_proj,v_proj, or re:<regular expression on the full path>",
+    )
+    exclude_modules: str | list[str] = opt(list, "module names to leave out, or re:<regular expression>")
+    layers: str = opt("", "only these layers, for example 0-5,8 (empty: all)")
+    rank_pattern: dict[str, int] | str = opt(dict, "rank of some modules, for example q_proj=4,down_proj=32")
+    alpha_pattern: dict[str, float] | str = opt(dict, "alpha of some modules, for example q_proj=8")
+    rslora: bool = opt(False, "scale by alpha/sqrt(rank) (rsLoRA, Kalajdzievski 2023)")
+    init: Literal["default", "gaussian"] = opt(
+        "default", "initial A: 'default' is PEFT's Kaiming-uniform, 'gaussian' has std 1/rank; B starts at 0"
+    )
+    modules_to_save: str | list[str] = opt(
+        list, "extra modules to train in full and keep in the adapter, for example lm_head"
+    )
+
+    def __post_init__(self) -> None:
+        _require("rank", self.rank, self.rank >= 1, "at least 1")
+        _require(
+            "alpha", self.alpha, math.isfinite(self.alpha) and self.alpha != 0, "a finite number other than 0"
+        )
+        _require("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        _require("init", self.init, self.init in ("default", "gaussian"), "default or gaussian")
+        _set(
+            self,
+            alpha=float(self.alpha),
+            target_modules=_targets(self.target_modules),
+            exclude_modules=_targets(self.exclude_modules),
+            rank_pattern=_pairs("rank_pattern", self.rank_pattern, int),
+            alpha_pattern=_pairs("alpha_pattern", self.alpha_pattern, float),
+            modules_to_save=_names(self.modules_to_save),
+        )
+        _require("target_modules", "", bool(self.target_modules or self.modules_to_save), "at least one name")
+        for name, rank in self.ranks.items():
+            _require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
+        parse_layers(self.layers)
+
+    # The fields accept what a user types; these give what __post_init__ made of it.
+    @property
+    def ranks(self) -> dict[str, int]:
+        """`rank_pattern` as a dict."""
+        assert isinstance(self.rank_pattern, dict)
+        return self.rank_pattern
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """`alpha_pattern` as a dict."""
+        assert isinstance(self.alpha_pattern, dict)
+        return self.alpha_pattern
+
+
+def _targets(value: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(value, str) and (value == ALL_LINEAR or value.startswith(REGEX_PREFIX)):
+        return value
+    return _names(value)
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """`0-5,8` -> {0,1,2,3,4,5,8}; an empty text gives the empty set, which means all layers."""
+    layers: set[int] = set()
+    for part in text.split(",") if text else []:
+        first, dash, last = part.strip().partition("-")
+        numbers = first.isdigit() and (last.isdigit() if dash else True)
+        _require("layers", text, numbers, "layer numbers and ranges such as 0-5,8")
+        end = int(last) if dash else int(first)
+        _require("layers", text, int(first) <= end, "ranges that go up, such as 0-5")
+        layers.update(range(int(first), end + 1))
+    return frozenset(layers)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows to learn from and how a row becomes tokens."""
+
+    data: str = opt("", "file (.jsonl .json .csv .parquet) or hub dataset name to train on")
+    split: str = opt("train", "split of a hub dataset")
+    validation: str = opt("", "file or hub dataset with validation rows (instead of --holdout)")
+    holdout: float = opt(
+        0.1, "validation rows to split off: a fraction below 1, or a number of rows or groups; 0 for none"
+    )
+    split_by: str = opt("", "column whose equal values stay on one side of the split, for example prompt")
+    limit: int = opt(0, "use only the first N rows (0: all)")
+    map: dict[str, str] | str = opt(dict, "rename columns, for example prompt=question,completion=answer")
+    chat: bool = opt(False, "render prompt/completion rows through the model's chat template")
+    system: str = opt(
+        "", "system message put before every chat (with --chat or messages rows that have none)"
+    )
+    separator: str = opt("\n", "text between prompt and completion where no chat template is used")
+    loss_on: Literal["completion", "all"] = opt(
+        "completion", "tokens that carry loss: completions and assistant turns, or everything"
+    )
+    teach_eos: bool = opt(
+        True, "end every row with the end-of-text token, with loss on it, so that the model learns to stop"
+    )
+    max_length: int = opt(0, "longest row in tokens (0: the base's context length)")
+    overlong: Literal["error", "truncate", "drop"] = opt(
+        "error", "rows longer than max_length: refuse to start, cut their end, or leave them out"
+    )
+    allow: str | list[str] = opt(list, "gates to override by name: " + ", ".join(GATES))
+
+    def __post_init__(self) -> None:
+        _require("holdout", self.holdout, self.holdout >= 0, "0 or more")
+        _require("limit", self.limit, self.limit >= 0, "0 or more")
+        _require(
+            "max_length", self.max_length, self.max_length == 0 or self.max_length >= 2, "0 or at least 2"
+        )
+        _require("loss_on", self.loss_on, self.loss_on in ("completion", "all"), "completion or all")
+        _require(
+            "overlong",
+            self.overlong,
+            self.overlong in ("error", "truncate", "drop"),
+            "error, truncate or drop",
+        )
+        _set(self, map=_pairs("map", self.map, str), allow=_names(self.allow))
+        for name in self.allow:
+            if name not in GATES:
+                raise ConfigError(f"option allow={name}", "no gate of that name", nearest(name, GATES))
+        if self.validation and self.split_by:
+            raise ConfigError(
+                "options validation and split_by", "contradict each other: a validation file needs no split"
+            )
+
+    @property
+    def map_columns(self) -> dict[str, str]:
+        """`map` as a dict: our column name -> the file's."""
+        assert isinstance(self.map, dict)
+        return self.map
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """Names of the gates that are overridden."""
+        return frozenset(self.allow)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the adapter learns."""
+
+    epochs: float = opt(3.0, "passes over the training rows")
+    max_steps: int = opt(0, "stop after this many optimiser steps (0: epochs decide)")
+    batch_size: int = opt(16, "rows in one forward pass (small batches suit LoRA: 'LoRA Without Regret')")
+    accumulate: int = opt(1, "forward passes per optimiser step, weighted by their loss tokens")
+    lr: float = opt(
+        5e-4,
+        "peak learning rate of A and B (10x a full fine-tuning's 5e-5: 'LoRA Without Regret', Schulman et al. 2025)",
+    )
+    lora_plus: float = opt(
+        1.0, "learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, suggests 16)"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = opt(
+        "linear", "learning rate after warm-up (linear: the LoRA paper)"
+    )
+    warmup: float = opt(0.03, "warm-up: a fraction of all steps below 1, or a number of steps (0.03: QLoRA)")
+    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay (0: PEFT's and QLoRA's scripts)")
+    beta1: float = opt(0.9, "AdamW's first beta")
+    beta2: float = opt(0.999, "AdamW's second beta")
+    eps: float = opt(1e-8, "AdamW's epsilon")
+    clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
+    eval_every: int = opt(0, "steps between evaluations (0: once an epoch)")
+    patience: int = opt(0, "stop after this many evaluations without improvement (0: never)")
+    save_every: int = opt(0, "steps between checkpoints (0: at every evaluation)")
+    keep: int = opt(2, "newest checkpoints to keep, besides the best")
+    attention: Literal["auto", "packed", "padded"] = opt(
+        "auto", "batches without padding where the model proves able, or always padded"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "lr", "lora_plus", "eps"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("max_steps", "warmup", "weight_decay", "clip", "eval_every", "patience", "save_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("keep", self.keep, self.keep >= 1, "at least 1")
+        for name in ("beta1", "beta2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require(
+            "schedule",
+            self.schedule,
+            self.schedule in ("linear", "cosine", "constant"),
+            "linear, cosine or constant",
+        )
+        _require(
+            "attention",
+            self.attention,
+            self.attention in ("auto", "packed", "padded"),
+            "auto, packed or padded",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    base: str = opt("smollm2-135m", "base model: hub name, folder, .gguf file, or the built-in smollm2-135m")
+    output: str = opt("", "folder for the adapter, checkpoints, metrics and report")
+    resume: bool = opt(False, "go on from the output folder's last checkpoint")
+    overwrite: bool = opt(False, "delete the run that the output folder holds and start anew")
+    seed: int = opt(0, "seed of the adapter's start, the order of rows, dropout and the split")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "the base's dtype; auto measures which is faster here"
+    )
+    samples: int = opt(4, "held-out rows whose answers before and after go into the report")
+    log: str | list[str] = opt(list, "extra loggers: tensorboard, wandb, trackio")
+    lora: LoraConfig = opt(LoraConfig, "")
+    data: DataConfig = opt(DataConfig, "")
+    optim: OptimConfig = opt(OptimConfig, "")
+
+    def __post_init__(self) -> None:
+        _require("samples", self.samples, self.samples >= 0, "0 or more")
+        _require(
+            "dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"
+        )
+        _set(self, log=_names(self.log))
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "options resume and overwrite", "contradict each other: one keeps the run, one deletes it"
+            )
+
+
+def flat_options(config_type: type) -> dict[str, tuple[Any, Any, str]]:
+    """All options of a config dataclass and of the ones inside it: name -> (type, default, help)."""
+    options: dict[str, tuple[Any, Any, str]] = {}
+    hints = get_type_hints(config_type)
+    for item in dataclasses.fields(config_type):
+        if dataclasses.is_dataclass(hints[item.name]):
+            inner = flat_options(hints[item.name])
+            assert not options.keys() & inner.keys(), "an option is declared twice"
+            options |= inner
+        else:
+            made = item.default_factory
+            default = item.default if made is dataclasses.MISSING else made()
+            options[item.name] = (hints[item.name], default, item.metadata["help"])
+    return options
+
+
+def build(config_type: type[T], options: Mapping[str, Any]) -> T:
+    """Make a config from flat options; an unknown name is a ConfigError with the nearest valid ones."""
+    known = flat_options(config_type)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name}", "no such option", nearest(name, known))
+    return _build(config_type, options)
+
+
+def _build(config_type: type[Any], options: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(config_type)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config_type):
+        if dataclasses.is_dataclass(hints[item.name]):
+            values[item.name] = _build(hints[item.name], options)
+        elif item.name in options:
+            values[item.name] = options[item.name]
+    return config_type(**values)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The flat options of a config, as JSON-ready values: `build(type(c), flatten(c)) == c`."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            values |= flatten(value)
+        else:
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+    return values

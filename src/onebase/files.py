@@ -1,0 +1,116 @@
+"""Files that are either whole or absent: write to a temporary name, fsync, rename; and a lock between processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from onebase.errors import OnebaseError, OutputError
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing remains.
+
+    Raises OutputError where the disk is full or the folder cannot be written.
+    """
+    target = Path(path)
+    temporary = _temporary_name(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(target)
+        _fsync(target.parent)
+    except OnebaseError:
+        raise
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Like `atomic_file`, for a folder that must not exist yet (or is replaced as a whole)."""
+    target = Path(path)
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _fsync(entry)
+        _swap(temporary, target)
+        _fsync(target.parent)
+    except OnebaseError:
+        raise
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        _remove(temporary)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put `temporary` in the place of `target`; what stood there goes only after that."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = _temporary_name(target)
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    _remove(old)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def process_lock(path: str | Path) -> Iterator[None]:
+    """Hold `path` as a lock file, so that two processes which prepare the same thing take turns."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(target))
+        lock.acquire()
+    except OSError as error:
+        raise _output_error(target, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}", error.strerror or str(error))
