@@ -81,7 +81,8 @@ class LoraConfig:
     )
     alpha: float = opt(
         32.0,
-        "scale numerator: the update is multiplied by alpha/rank (2x rank: 'LoRA Learns Less', Biderman et al. 2024)",
+        "scale numerator: the update is multiplied by alpha/rank "
+        "(2x rank: 'LoRA Learns Less', Biderman et al. 2024)",
     )
     dropout: float = opt(0.0, "dropout on the adapter's input while training (0: Unsloth, torchtune)")
     target_modules: str | list[str] = opt(
@@ -229,7 +230,8 @@ class OptimConfig:
     accumulate: int = opt(1, "forward passes per optimiser step, weighted by their loss tokens")
     lr: float = opt(
         5e-4,
-        "peak learning rate of A and B (10x a full fine-tuning's 5e-5: 'LoRA Without Regret', Schulman et al. 2025)",
+        "peak learning rate of A and B "
+        "(10x a full fine-tuning's 5e-5: 'LoRA Without Regret', Schulman et al. 2025)",
     )
     lora_plus: float = opt(
         1.0, "learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, suggests 16)"

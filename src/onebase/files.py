@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, fsync, rename; and a lock between processes."""
+"""Files that are either whole or absent (temporary name, fsync, rename), and a lock between processes."""
 
 from __future__ import annotations
 
