@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from onebase.errors import ConfigError, nearest
 
@@ -349,5 +349,5 @@ def flatten(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             values |= flatten(value)
         else:
-            values[item.name] = list(value) if isinstance(value, tuple) else value
+            values[item.name] = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
     return values

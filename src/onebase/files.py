@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing remains.
 
     Raises OutputError where the disk is full or the folder cannot be written.
@@ -56,7 +56,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Generator[Path]:
     """Like `atomic_file`, for a folder that must not exist yet (or is replaced as a whole)."""
     target = Path(path)
     temporary = _temporary_name(target)
@@ -97,7 +97,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def process_lock(path: str | Path) -> Iterator[None]:
+def process_lock(path: str | Path) -> Generator[None]:
     """Hold `path` as a lock file, so that two processes which prepare the same thing take turns."""
     target = Path(path)
     try:
