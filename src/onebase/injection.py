@@ -1,0 +1,268 @@
+"""Put adapters on a model, choose one for a call, take them out again: inject, use, extract, eject."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from onebase.adapter import Adapter, LowRank, Origin
+from onebase.config import LoraConfig
+from onebase.errors import AdapterNameError, BaseMismatch, TargetError, nearest
+from onebase.layers import (
+    ACTIVE,
+    KINDS,
+    LoraLayer,
+    Selection,
+    TrainedModule,
+    base_modules,
+    kind_of,
+)
+from onebase.targets import Coverage, Target, match, name_matches
+from onebase.variants import start
+
+_ATTRIBUTE = "onebase_adapters"  # on the model: what extract needs besides the tensors
+
+
+@dataclass(frozen=True)
+class _Card:
+    config: LoraConfig
+    origin: Origin
+
+
+def new_adapter(model: nn.Module, config: LoraConfig, seed: int = 0, origin: Origin | None = None) -> Adapter:
+    """A fresh adapter for a model, whose B·A is 0. Its config names the modules that were matched.
+
+    Raises TargetError where a name, layer or pattern matches nothing, or matches unevenly across layers
+    (`adapter_for` takes a coverage as it is).
+    """
+    coverage = match(model, config)
+    if coverage.uneven:
+        raise TargetError(
+            "target_modules", "; ".join(coverage.uneven), hint="say which layers are meant: layers=..."
+        )
+    return adapter_for(model, coverage, config, seed, origin or Origin())
+
+
+def adapter_for(
+    model: nn.Module, coverage: Coverage, config: LoraConfig, seed: int, origin: Origin
+) -> Adapter:
+    """A fresh adapter for targets that were matched before."""
+    low = {
+        t.path: start(t.path, t.shape, t.scale, t.rank, config.init, t.kind, seed) for t in coverage.targets
+    }
+    full = {path: _wide_state(model.get_submodule(path)) for path in coverage.full}
+    names = _names_for(model, coverage.targets)
+    resolved = replace(
+        config, target_modules=names, exclude_modules=(), layers="", modules_to_save=coverage.full
+    )
+    return Adapter(resolved, low, full, origin)
+
+
+def _wide_state(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to(torch.float32, copy=True) for name, tensor in module.state_dict().items()
+    }
+
+
+def _names_for(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+    """Short names where they mean exactly these modules to every reader, else the full paths."""
+    wanted = {t.path for t in targets}
+    short = tuple(sorted({path.rsplit(".", 1)[-1] for path in wanted}))
+    meant = {path for path, _ in base_modules(model) if any(name_matches(name, path) for name in short)}
+    return short if meant == wanted else tuple(sorted(wanted))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters that a model carries."""
+    return list(_cards(model))
+
+
+def _cards(model: nn.Module) -> dict[str, _Card]:
+    return model.__dict__.get(_ATTRIBUTE, {})
+
+
+def _replace(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each twin wherever its module stands: one that is shared stands in several places."""
+    for parent in list(model.modules()):
+        if isinstance(parent, LoraLayer | TrainedModule):
+            continue
+        for name, child in list(parent._modules.items()):  # pyright: ignore[reportPrivateUsage]  # named_children skips doubles
+            if child is not None and child in twins:
+                setattr(parent, name, twins[child])
+
+
+def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
+    """Put an adapter on a model, in place, beside those already there; `use` then chooses it.
+
+    Returns the model. Nothing of the base is written to; the adapter's tensors are copied. Raises BaseMismatch
+    that lists every module that is missing or has another shape; the model is unchanged then.
+    """
+    if name in _cards(model):
+        raise AdapterNameError(f"inject adapter {name!r}", "the model already carries one of that name")
+    problems = fit_problems(model, adapter)
+    if problems:
+        shown = [*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])]
+        raise BaseMismatch(f"adapter {name!r} does not fit this base", "\n  " + "\n  ".join(shown))
+    modules = dict(base_modules(model))
+    _replace(model, {modules[p]: _wrap_lora(modules[p]) for p in adapter.lowrank if not _wrapped(model, p)})
+    _replace(model, {modules[p]: _wrap_full(modules[p]) for p in adapter.full if not _wrapped(model, p)})
+    for path, low in adapter.lowrank.items():
+        cast("LoraLayer", model.get_submodule(path)).add(name, low, adapter.config.dropout)
+    for path, state in adapter.full.items():
+        cast("TrainedModule", model.get_submodule(path)).add(name, _stand_in(modules[path], state))
+    model.__dict__[_ATTRIBUTE] = _cards(model) | {name: _Card(adapter.config, adapter.origin)}
+    return model
+
+
+def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Why an adapter does not fit a model: a sentence for each module, none where it fits."""
+    modules = dict(base_modules(model))
+    found = [_low_problem(modules.get(path), path, low) for path, low in adapter.lowrank.items()]
+    for path, state in adapter.full.items():
+        own = base_tensors(modules[path]) if path in modules else ()
+        shapes = {n: tuple(t.shape) for n, t in state.items()}
+        if shapes != (has := {n: tuple(t.shape) for n, t in own}):
+            found.append(f"{path}: the adapter holds {shapes}, the base {has or 'no such module'}")
+    return [problem for problem in found if problem]
+
+
+def _low_problem(module: nn.Module | None, path: str, low: LowRank) -> str:
+    if module is None:
+        return f"{path}: the base has no such module"
+    kind = kind_of(module)
+    if kind is None or (kind == "embedding") != (low.kind == "embedding"):
+        return (
+            f"{path}: the base has a {type(module).__name__}, the adapter is for a layer of kind {low.kind}"
+        )
+    shape, want = KINDS[kind].features(module), (low.A.shape[1], low.B.shape[0])
+    return (
+        ""
+        if shape == want
+        else f"{path}: the base's weight is {shape[1]} x {shape[0]}, the adapter's {want[1]} x {want[0]}"
+    )
+
+
+def _wrapped(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), LoraLayer | TrainedModule)
+
+
+def _wrap_lora(module: nn.Module) -> LoraLayer:
+    kind = kind_of(module)
+    assert kind is not None, "fit_problems checked this"
+    return LoraLayer(module, kind).train(module.training)
+
+
+def _wrap_full(module: nn.Module) -> TrainedModule:
+    return TrainedModule(module).train(module.training)
+
+
+def _stand_in(base: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    twin = copy.deepcopy(base).to(torch.float32)
+    _replace(twin, {wrapper: wrapper.base for _, wrapper in _wrappers(twin)})
+    twin.load_state_dict(state)
+    return twin
+
+
+def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters on a model, by the names of `Adapter.tensors`, sorted."""
+    _require(model, name)
+    found: dict[str, nn.Parameter] = {}
+    for path, module in _wrappers(model):
+        if isinstance(module, LoraLayer) and (slot := module.slot(name)) is not None:
+            found |= {f"{path}.A": slot.A, f"{path}.B": slot.B}
+        elif isinstance(module, TrainedModule) and (twin := module.copy(name)) is not None:
+            found |= {f"{path}.{key}": parameter for key, parameter in twin.named_parameters()}
+    return dict(sorted(found.items()))
+
+
+def _wrappers(model: nn.Module) -> list[tuple[str, LoraLayer | TrainedModule]]:
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer | TrainedModule)]
+
+
+def _require(model: nn.Module, name: str) -> None:
+    if name not in _cards(model):
+        raise AdapterNameError(
+            f"adapter {name!r}", "the model carries no adapter of that name", nearest(name, _cards(model))
+        )
+
+
+def extract(model: nn.Module, name: str = "default") -> Adapter:
+    """The adapter as it is on the model now, as a value of its own: `extract(inject(m, a)) == a`."""
+    _require(model, name)
+    card = _cards(model)[name]
+    low: dict[str, LowRank] = {}
+    full: dict[str, dict[str, Tensor]] = {}
+    for path, module in _wrappers(model):
+        if isinstance(module, LoraLayer) and (slot := module.slot(name)) is not None:
+            here = slot.low()
+            low[path] = here._replace(A=here.A.detach().cpu().clone(), B=here.B.detach().cpu().clone())
+        elif isinstance(module, TrainedModule) and (twin := module.copy(name)) is not None:
+            full[path] = {key: t.detach().cpu().clone() for key, t in twin.state_dict().items()}
+    return Adapter(card.config, low, full, card.origin)
+
+
+def eject(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """Take adapters off a model (all by default). With none left it is the very model it was before."""
+    names = adapter_names(model) if names is None else list(names)
+    for name in names:
+        _require(model, name)
+        for _, module in _wrappers(model):
+            if (module.slot(name) if isinstance(module, LoraLayer) else module.copy(name)) is not None:
+                module.remove(name)
+    bare = [m for _, m in _wrappers(model) if not len(m.slots if isinstance(m, LoraLayer) else m.copies)]
+    _replace(model, {module: module.base for module in bare})
+    left = {name: card for name, card in _cards(model).items() if name not in names}
+    model.__dict__.pop(_ATTRIBUTE, None)
+    if left:
+        model.__dict__[_ATTRIBUTE] = left
+    return model
+
+
+@contextmanager
+def use(model: nn.Module, name: str | Sequence[str | None] | None = "default") -> Generator[nn.Module]:
+    """Choose, for the calls inside the `with`, one adapter, none (the plain base), or one for each row of the batch.
+
+    The choice belongs to this thread and context alone. Raises AdapterNameError with the nearest names.
+    """
+    rows = None if name is None or isinstance(name, str) else tuple(name)
+    for wanted in rows if rows is not None else (name,):
+        if isinstance(wanted, str):
+            _require(model, wanted)
+    token = ACTIVE.set(Selection(name if isinstance(name, str) else None, rows))
+    try:
+        yield model
+    finally:
+        ACTIVE.reset(token)
+
+
+@contextmanager
+def injected(model: nn.Module, adapter: Adapter | None, name: str = "default") -> Generator[nn.Module]:
+    """The model with this adapter on it and chosen (or the plain base for None), and as before afterwards."""
+    if adapter is None:
+        with use(model, None):
+            yield model
+        return
+    inject(model, adapter, name)
+    try:
+        with use(model, name):
+            yield model
+    finally:
+        eject(model, [name])
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters and persistent buffers under their own names, adapters or not; tied ones once."""
+    wrappers = {path + ".": path for path, _ in _wrappers(model)}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        prefix = next((p for p in wrappers if key.startswith(p)), "")
+        if id(tensor) in seen or (prefix and not key.startswith(prefix + "base.")):
+            continue
+        seen.add(id(tensor))
+        yield prefix + key.removeprefix(prefix + "base.") if prefix else key, tensor.detach()

@@ -1,0 +1,51 @@
+"""How an update starts and how it is scaled: tables, a row for each choice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from onebase.adapter import LayerKind, LowRank
+
+Init = Callable[[int, int, torch.Generator], Tensor]
+"""(rank, in features, generator) -> A of shape (rank, in)."""
+
+
+def _kaiming(rank: int, features: int, generator: torch.Generator) -> Tensor:
+    """PEFT's and microsoft/LoRA's start: Kaiming-uniform, a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in))."""
+    bound = 1 / math.sqrt(features)
+    return torch.empty(rank, features).uniform_(-bound, bound, generator=generator)
+
+
+def _gaussian(rank: int, features: int, generator: torch.Generator) -> Tensor:
+    """Normal with standard deviation 1/rank (PEFT's init_lora_weights="gaussian")."""
+    return torch.empty(rank, features).normal_(0.0, 1 / rank, generator=generator)
+
+
+INITS: dict[str, Init] = {"default": _kaiming, "gaussian": _gaussian}
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """s in W + s·B·A: alpha/r (Hu et al. 2021), or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def start(
+    path: str, shape: tuple[int, int], scale: float, rank: int, init: str, kind: LayerKind, seed: int
+) -> LowRank:
+    """The update that a module starts with; B·A = 0, so the base's output does not change.
+
+    `shape` is (in, out). Each module draws from a generator of its own, seeded by (seed, path), so that its
+    start does not depend on which other modules are adapted. An embedding starts the other way round, A = 0
+    and B normal, as in microsoft/LoRA and PEFT.
+    """
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    features, out = shape
+    if kind == "embedding":
+        return LowRank(torch.zeros(rank, features), torch.randn(out, rank, generator=generator), scale, kind)
+    return LowRank(INITS[init](rank, features, generator), torch.zeros(out, rank), scale, kind)

@@ -1,0 +1,125 @@
+"""What a config matches, and what it refuses to match."""
+
+import pytest
+from torch import nn
+
+from onebase.config import LoraConfig
+from onebase.errors import ConfigError, TargetError
+from onebase.injection import new_adapter
+from onebase.targets import match
+from tiny import tiny
+
+
+def paths(model, **options):
+    return [t.path for t in match(model, LoraConfig(rank=2, **options)).targets]
+
+
+def test_all_linear_is_every_linear_layer_but_the_head():
+    found = paths(tiny("llama"))
+    assert len(found) == 2 * 7
+    assert not any("lm_head" in path or "embed" in path for path in found)
+
+
+@pytest.mark.parametrize(("arch", "count"), [("gpt2", 8), ("phi3", 8), ("mixtral", 8), ("bert", 13)])
+def test_all_linear_on_other_architectures(arch, count):
+    assert len(paths(tiny(arch))) == count
+
+
+def test_names_regex_layers_and_exclusions():
+    model = tiny("llama")
+    assert paths(model, target_modules="q_proj,v_proj", layers="1") == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert paths(model, target_modules=r"re:.*layers\.0\.mlp\.(up|down)_proj") == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    assert not any("mlp" in p for p in paths(model, exclude_modules="re:.*mlp.*"))
+    assert paths(model, target_modules=["lm_head"]) == ["lm_head"]
+    assert paths(model, target_modules=["self_attn.q_proj"], layers="0-1") == paths(
+        model, target_modules=["q_proj"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": "q_porj"}, r"no module is named q_porj\n  nearest valid: q_proj"),
+        ({"target_modules": "q_proj,self_attn"}, "self_attn is a LlamaAttention, which carries no update"),
+        ({"target_modules": "re:.*q_porj"}, "the pattern matches no module"),
+        ({"exclude_modules": "k_porj"}, r"excludes nothing\n  nearest valid: k_proj"),
+        ({"layers": "1-3"}, "layers 1-3: 2-3: the model has layers 0-1"),
+        (
+            {"rank_pattern": {"q_porj": 1}},
+            r"rank_pattern q_porj: matches no targeted module\n  nearest valid: q_proj",
+        ),
+        ({"alpha_pattern": {"lm_head": 1}}, "alpha_pattern lm_head: matches no targeted module"),
+        ({"modules_to_save": "lm_heda"}, r"no module of that name\n  nearest valid: lm_head"),
+        (
+            {"rank_pattern": {"k_proj": 17}},
+            "rank 17 for model.layers.0.self_attn.k_proj: the weight is 16 x 32",
+        ),
+        ({"target_modules": "q_proj", "exclude_modules": "q_proj"}, "nothing is left to adapt"),
+    ],
+)
+def test_what_matches_nothing_is_an_error(options, message):
+    with pytest.raises(TargetError, match=message):
+        paths(tiny("llama"), **options)
+
+
+def test_uneven_targets_are_named():
+    coverage = match(tiny("llama"), LoraConfig(rank=2, target_modules=r"re:.*layers\.1\.mlp\.up_proj"))
+    assert coverage.uneven == ("model.layers.*.mlp.up_proj matches layers 1 of 0-1",)
+    assert match(tiny("llama"), LoraConfig(rank=2, target_modules="up_proj", layers="1")).uneven == ()
+    with pytest.raises(TargetError, match="matches layers 1 of 0-1"):
+        new_adapter(tiny("llama"), LoraConfig(rank=2, target_modules=r"re:.*layers\.1\.mlp\.up_proj"))
+
+
+def test_coverage_report():
+    config = LoraConfig(
+        rank=4, alpha=8, target_modules="q_proj,embed_tokens", rank_pattern={r"layers\.1\..*": 2}
+    )
+    rows = match(tiny("llama"), config).rows()
+    assert [tuple(row) for row in rows] == [
+        ("model.embed_tokens", 1, "", (96, 32), 4, 2.0),
+        ("model.layers.*.self_attn.q_proj", 1, "0", (32, 32), 4, 2.0),
+        ("model.layers.*.self_attn.q_proj", 1, "1", (32, 32), 2, 4.0),
+    ]
+
+
+def test_patterns_follow_peft():
+    config = LoraConfig(
+        rank=4, alpha=8, rank_pattern={r"layers\.0\..*": 2}, alpha_pattern={"q_proj": 3}, rslora=True
+    )
+    found = {t.path: t for t in match(tiny("llama"), config).targets}
+    q0, q1 = (found[f"model.layers.{n}.self_attn.q_proj"] for n in (0, 1))
+    assert (q0.rank, q1.rank) == (2, 4)
+    assert (q0.scale, q1.scale) == (3 / 2**0.5, 3 / 2)
+
+
+def test_names_in_the_adapter_mean_exactly_what_was_matched():
+    model = tiny("llama")
+    assert new_adapter(model, LoraConfig(rank=2, exclude_modules="k_proj")).config.target_modules == (
+        "down_proj",
+        "gate_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    )
+    full = new_adapter(model, LoraConfig(rank=2, target_modules="q_proj", layers="1")).config
+    assert full.target_modules == ("model.layers.1.self_attn.q_proj",)
+
+
+def test_multihead_attention_would_have_no_effect_and_is_left_out():
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    assert paths(model) == ["fc"]
+    with pytest.raises(TargetError, match="out_proj"):
+        paths(model, target_modules="out_proj")
+
+
+@pytest.mark.parametrize("text", ["a", "3-1", "1-", "-2", "1,,2"])
+def test_bad_layer_ranges(text):
+    with pytest.raises(ConfigError, match="layers"):
+        LoraConfig(layers=text)
