@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from onebase.adapter import Adapter, LowRank, Origin
 from onebase.config import ALL_LINEAR
-from onebase.errors import BaseMismatch, ConfigError, FormatError, MissingFile, OutputExists, nearest
+from onebase.errors import (
+    BaseMismatch,
+    ConfigError,
+    FormatError,
+    MissingFile,
+    OutputError,
+    OutputExists,
+    nearest,
+)
 from onebase.files import atomic_file, atomic_folder, write_text
 from onebase.injection import base_tensors, fit_problems
 from onebase.peft_config import from_peft, is_refused, saved_modules, target_spec, to_peft
@@ -55,7 +63,11 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
     origin = adapter.origin
     metadata = {"format": "pt", "onebase.base": origin.base, "onebase.base_fingerprint": origin.fingerprint}
     with atomic_file(folder / TENSORS) as temporary:
-        save_file({k: t.contiguous() for k, t in _to_peft_tensors(adapter).items()}, str(temporary), metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in _to_peft_tensors(adapter).items()}
+        try:
+            save_file(tensors, str(temporary), metadata)
+        except SafetensorError as error:  # a full disk, for example
+            raise OutputError(f"cannot write {folder / TENSORS}", str(error)) from error
     sidecar = {
         "base": {"name": origin.base, "fingerprint": origin.fingerprint},
         "prompt": dict(origin.prompt),
@@ -233,7 +245,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
         raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
-    if path.open("rb").read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise FormatError(f"read {path}", "a pickle under a safetensors name, which onebase never loads")
     try:
         with safe_open(str(path), "pt") as file:

@@ -256,6 +256,20 @@ def injected(model: nn.Module, adapter: Adapter | None, name: str = "default") -
         eject(model, [name])
 
 
+@contextmanager
+def adapter_dropout(model: nn.Module) -> Generator[None]:
+    """Adapters drop out inside; the base stays in eval mode, for a frozen base is not regularised."""
+    layers = [module for _, module in _wrappers(model)]
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, mode in zip(layers, before, strict=True):
+            layer.training = mode
+
+
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters and persistent buffers under their own names, adapters or not; tied ones once."""
     wrappers = {path + ".": path for path, _ in _wrappers(model)}

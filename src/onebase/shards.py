@@ -177,14 +177,14 @@ def _plain_name(name: object) -> bool:
 def _files(source: Path, weight_map: dict[str, str] | None, problems: list[str]) -> list[Path]:
     if weight_map is None:
         file = source if source.is_file() else source / SINGLE
-        if not file.exists():
+        if not file.is_file():
             raise MissingFile(
                 f"no safetensors checkpoint at {source}", f"neither {SINGLE} nor {INDEX} is there"
             )
         return [file]
     files = [source / name for name in sorted(set(weight_map.values()))]
-    problems += [f"{file.name}: named by {INDEX}, but missing" for file in files if not file.exists()]
-    return [file for file in files if file.exists()]
+    problems += [f"{file.name}: named by {INDEX}, but missing" for file in files if not file.is_file()]
+    return [file for file in files if file.is_file()]
 
 
 def _read_file(file: Path, problems: list[str]) -> list[TensorInfo]:
@@ -192,7 +192,7 @@ def _read_file(file: Path, problems: list[str]) -> list[TensorInfo]:
     size = file.stat().st_size
     try:
         entries, data_start = _header(file, size)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{file.name}: {error}")
         return []
     infos: list[TensorInfo] = []

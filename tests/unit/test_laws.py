@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from adapters import VARIANTS, every_kind, options_for, trained
 from onebase.config import LoraConfig
@@ -12,7 +13,6 @@ from onebase.errors import AdapterNameError, BaseMismatch
 from onebase.injection import adapter_names, base_tensors, eject, extract, inject, injected, new_adapter, use
 from onebase.layers import merged_weight
 from tiny import CAUSAL, CONFIGS, output, some_ids, tiny
-from torch import nn
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -27,24 +27,15 @@ def test_effective_weight_is_cast_once():
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 7),
-    st.integers(1, 13),
-    st.integers(1, 11),
-    st.integers(1, 5),
-    st.floats(-3, 3),
-    st.integers(0, 99),
-)
-def test_product_equals_effective_weight(rows, features, out, rank, scale, seed):
+@given(st.tuples(*[st.integers(1, 13)] * 4), st.floats(-3, 3), st.integers(0, 99))
+def test_product_equals_effective_weight(sizes, scale, seed):
+    rows, features, out, rank = sizes
     generator = torch.Generator().manual_seed(seed)
-    x, weight = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((rows, features), (out, features))
-    )
-    a, b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((rank, features), (out, rank))
-    )
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight, a, b = draw(rows, features), draw(out, features), draw(rank, features), draw(out, rank)
     whole = x @ effective_weight(weight, a, b, scale).T
     torch.testing.assert_close(x @ weight.T + lowrank(x, a, b, scale), whole)
 

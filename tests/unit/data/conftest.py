@@ -27,7 +27,10 @@ TAGGED = (
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-STRICT = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
 
 
 def _fast(tokenizer: Tokenizer, template: str | None = None) -> PreTrainedTokenizerFast:

@@ -46,7 +46,8 @@ def test_each_epoch_sees_each_row_once(count, batch_size, accumulate, seed, epoc
 
 
 def test_the_order_is_pinned_and_changes_with_seed_and_epoch():
-    assert epoch_order(8, 0, 0) == [1, 0, 6, 4, 3, 7, 5, 2] or epoch_order(8, 0, 0)
+    # A change of this order would break every resumed run.
+    assert epoch_order(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
     orders = {tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     epoch_order(20, 0, 0).clear()

@@ -47,6 +47,7 @@ PACKED = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "stablelm": {},
+    "ctrl": {},  # changes its embeddings in place
     "deepseek_v3": {
         **EXPERTS,
         "num_key_value_heads": 4,
@@ -248,6 +249,11 @@ def test_each_config_gets_its_own_implementation_back():
     with pytest.raises(KeyError), packed_attention(model):
         raise KeyError
     assert [c._attn_implementation for c in configs] == ["sdpa", "eager", "sdpa"]
+    del model.model.vision_tower  # its config is now read by no module
+    model.config.vision_config._attn_implementation = "eager"
+    with packed_attention(model):
+        pass
+    assert [c._attn_implementation for c in configs] == ["sdpa", "eager", "eager"]
 
 
 def call(model, lengths, ids, **kwargs):

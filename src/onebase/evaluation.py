@@ -1,0 +1,144 @@
+"""How good answers are: loss and perplexity on the answer's tokens, exact match, BLEU and chrF of what is generated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from torch import nn
+
+from onebase.adapter import Adapter
+from onebase.config import DataConfig, build
+from onebase.data.pack import Batch, bucketed, pack, pad
+from onebase.data.read import Example, read_examples
+from onebase.data.template import Encoded, PromptFormat, encode
+from onebase.errors import BaseError
+from onebase.injection import injected
+from onebase.models.base import Base
+from onebase.models.generation import Sampling, answers, format_of
+from onebase.models.loss import loss_sum
+from onebase.models.packing import packed_attention, packing_problem
+
+Batcher = Callable[[Sequence[Encoded]], Batch]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one set of rows. `loss` is the mean over the loss tokens, in nats.
+
+    `exact_match` is a fraction; BLEU and chrF are sacrebleu's, from 0 to 100, with every reference that the
+    data has for a prompt. The three are None where nothing was generated.
+    """
+
+    loss: float
+    tokens: int
+    exact_match: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    answers: tuple[str, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def batcher(base: Base, attention: str) -> tuple[Batcher, str]:
+    """How rows become batches on this base, and `packed` or the reason why they are padded.
+
+    `attention` is auto (packed where the model proves able), packed (an error where it is not) or padded.
+    """
+    reason: str | None = "--attention padded"
+    if attention != "padded":
+        reason = packing_problem(base.model, base.pad_id)  # pyright: ignore[reportArgumentType]
+    if reason is None:
+        return pack, "packed"
+    if attention == "packed":
+        raise BaseError(f"packed batches on {base.ref}", reason, hint="use --attention auto")
+    return lambda rows: pad(rows, base.pad_id), reason
+
+
+def packing(base: Base, packed: bool) -> Any:
+    """The context in which batches of this kind run."""
+    return packed_attention(base.model) if packed else nullcontext()  # pyright: ignore[reportArgumentType]
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Encoded], make: Batcher, batch_size: int) -> tuple[float, int]:
+    """The mean loss of the chosen adapter over all loss tokens of the rows, and their number."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in bucketed([len(row.ids) for row in rows], batch_size):
+            loss, tokens = loss_sum(model, make([rows[index] for index in batch]))
+            total, count = total + float(loss), count + tokens
+    return total / max(count, 1), count
+
+
+def evaluate(
+    base: Base,
+    data: str | Sequence[Example],
+    adapter: Adapter | None = None,
+    sampling: Sampling | None = None,
+    **options: Any,
+) -> Scores:
+    """Score the base with this adapter (None: the plain base) on a file's rows; `options` as in DataConfig.
+
+    Without `sampling` nothing is generated: loss and perplexity only.
+    """
+    config = build(DataConfig, {"holdout": 0, **options})
+    examples = read_examples(data, config) if isinstance(data, str) else list(data)
+    encoded = encode(base.tokenizer, examples, config, base.stop_ids, base.context)  # pyright: ignore[reportArgumentType]
+    make, how = batcher(base, "auto")
+    with injected(base.model, adapter, "evaluate"):
+        with packing(base, how == "packed"):
+            loss, tokens = mean_loss(base.model, encoded.rows, make, 16)
+        if sampling is None:
+            return Scores(loss, tokens)
+        form = format_of(base, adapter) if adapter else PromptFormat.of(config, examples)
+        return score_answers(base, examples, form, sampling, Scores(loss, tokens))
+
+
+def score_answers(
+    base: Base, examples: Sequence[Example], form: PromptFormat, sampling: Sampling, so_far: Scores
+) -> Scores:
+    """`so_far` with the scores of the answers that the chosen adapter gives, one for each distinct prompt."""
+    references = grouped_references(examples)
+    firsts = [group[0][0] for group in references]
+    given = answers(base, firsts, form, sampling)
+    texts = [[text for _, text in group] for group in references]
+    exact, bleu, chrf = text_scores(given, texts)
+    return Scores(so_far.loss, so_far.tokens, exact, bleu, chrf, tuple(given))
+
+
+def grouped_references(examples: Sequence[Example]) -> list[list[tuple[Example, str]]]:
+    """(example, reference) grouped by prompt, in order of first appearance; text rows have none."""
+    groups: dict[object, list[tuple[Example, str]]] = {}
+    for example in examples:
+        if example.kind == "messages" and example.messages and example.messages[-1]["role"] == "assistant":
+            key: object = tuple((m["role"], m["content"]) for m in example.messages[:-1])
+            groups.setdefault(key, []).append((example, example.messages[-1]["content"]))
+        elif example.completion is not None:
+            groups.setdefault(example.prompt, []).append((example, example.completion))
+    return list(groups.values())
+
+
+def text_scores(given: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float]:
+    """(exact match in [0, 1], BLEU, chrF) of one answer for each list of references."""
+    if not given:
+        return 0.0, 0.0, 0.0
+    wanted = [{text.strip() for text in texts} for texts in references]
+    exact = sum(a.strip() in w for a, w in zip(given, wanted, strict=True)) / len(given)
+    width = max(map(len, references))
+    # sacrebleu takes streams of references: the n-th of every answer, None where it has fewer
+    streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(width)]
+    hypotheses = list(given)
+    return (
+        exact,
+        BLEU().corpus_score(hypotheses, streams).score,  # pyright: ignore[reportArgumentType]
+        CHRF().corpus_score(hypotheses, streams).score,  # pyright: ignore[reportArgumentType]
+    )

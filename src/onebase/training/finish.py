@@ -1,0 +1,225 @@
+"""After the last step: the best adapter, its proof against the base, answers before and after, and the reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onebase.adapter import Adapter
+from onebase.config import TrainConfig, flatten
+from onebase.data.read import Example
+from onebase.data.template import render_prompt
+from onebase.device import machine, peak_memory
+from onebase.errors import BaseMismatch
+from onebase.evaluation import Scores, grouped_references, mean_loss, packing, text_scores
+from onebase.files import write_text
+from onebase.format import TENSORS, read_adapter, write_adapter
+from onebase.injection import base_tensors, injected
+from onebase.models.base import Base
+from onebase.models.fingerprint import combined, tensor_digests
+from onebase.models.generation import Sampling, answers
+from onebase.targets import CoverageRow
+from onebase.training import checkpoint
+from onebase.training.card import model_card
+from onebase.training.curves import draw_curves, save_png
+from onebase.training.loop import Finished
+from onebase.training.plan import Plan
+from onebase.training.prepare import Prepared
+from onebase.training.record import (
+    AdapterFacts,
+    BaseFacts,
+    Memory,
+    MetricsFile,
+    Proof,
+    RunRecord,
+    Sample,
+    Score,
+    TargetRow,
+    Timing,
+    json_ready,
+)
+from onebase.training.report import write_report
+
+LIBRARIES = ("onebase", "torch", "transformers", "safetensors", "datasets")
+REASONS = {
+    "completed": "all steps were done",
+    "early": "the held-out loss stopped improving",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop leaves to be finished."""
+
+    config: TrainConfig
+    ready: Prepared
+    plan: Plan
+    ended: Finished
+    digests: Mapping[str, str]  # of the base's tensors before the first step
+    hashing: float  # seconds that those took
+
+
+def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunRecord]:
+    """Write the adapter and its reports into the run folder. Raises BaseMismatch if the base has changed."""
+    proof = _prove(base, outcome)
+    adapter, reason = _chosen(folder, outcome)
+    write_adapter(adapter, folder)
+    before, after, samples = _compare(base, adapter, outcome)
+    record = RunRecord(
+        title=folder.name,
+        base=BaseFacts(
+            base.name, base.fingerprint, base.parameters, base.stored_bytes, base.dtype, base.dtype_reason
+        ),
+        adapter=_adapter_facts(folder, adapter, outcome),
+        proof=proof,
+        memory=Memory(outcome.plan.memory, peak_memory(base.device)),
+        timing=_timing(outcome),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        finished=reason,
+        packing=outcome.ready.packing,
+        coverage=tuple(_target_row(row) for row in outcome.plan.coverage),
+        samples=samples,
+        before=before,
+        after=after,
+        settings=flatten(outcome.config),
+        data=_data_facts(outcome),
+        machine=machine(),
+        versions={
+            "python": platform.python_version(),
+            **{n: importlib.metadata.version(n) for n in LIBRARIES},
+        },
+        allowed=outcome.ready.allowed,
+    )
+    _write_reports(folder, record)
+    return adapter, record
+
+
+def _prove(base: Base, outcome: Outcome) -> Proof:
+    started = time.perf_counter()
+    after = tensor_digests(base_tensors(base.model))
+    changed = sorted(
+        name for name in {**outcome.digests, **after} if outcome.digests.get(name) != after.get(name)
+    )
+    if changed:
+        raise BaseMismatch(
+            "base unchanged", f"{len(changed)} of its tensors differ after training: {changed[:5]}"
+        )
+    seconds = outcome.hashing + time.perf_counter() - started
+    return Proof(combined(outcome.digests), combined(after), len(after), seconds)
+
+
+def _chosen(folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
+    """The adapter of the best evaluation, else the last one; and why training ended, in words."""
+    progress, reason = outcome.ended.progress, REASONS[outcome.ended.reason]
+    best = progress.best_step if progress.best_step > 0 else progress.step
+    if progress.best_step == 0:
+        reason += "; no evaluation was better than the plain base, so the last step's adapter is kept"
+    elif best != progress.step:
+        reason += f"; the adapter is that of step {best}, the best evaluation"
+    adapter = read_adapter(checkpoint.folder_of(folder, best))
+    facts = {
+        "steps": best,
+        "tokens": progress.tokens,
+        "rows": outcome.plan.rows,
+        "loss": progress.best_loss if progress.best_step > 0 else None,
+        "settings": flatten(outcome.config),
+    }
+    return replace(adapter, origin=replace(adapter.origin, training=json_ready(facts))), reason
+
+
+def _compare(
+    base: Base, adapter: Adapter, outcome: Outcome
+) -> tuple[Score | None, Score | None, tuple[Sample, ...]]:
+    """Loss and answers on held-out rows, the plain base's and the adapter's."""
+    if not outcome.ready.data.valid_rows.rows:
+        return None, None, ()
+    groups = grouped_references(outcome.ready.data.valid)[: outcome.config.samples]
+    before, plain = _score(base, None, groups, outcome)
+    after, tuned = _score(base, adapter, groups, outcome)
+    tokenizer: Any = base.tokenizer
+    texts = [
+        str(tokenizer.decode(render_prompt(tokenizer, group[0][0], outcome.ready.data.form)))
+        for group in groups
+    ]
+    samples = [
+        Sample(_shown(group[0][0], text), group[0][1], old, new)
+        for group, text, old, new in zip(groups, texts, plain, tuned, strict=True)
+    ]
+    return before, after, tuple(samples)
+
+
+def _score(
+    base: Base, adapter: Adapter | None, groups: list[list[tuple[Example, str]]], outcome: Outcome
+) -> tuple[Score, list[str]]:
+    data, config = outcome.ready.data, outcome.config
+    with injected(base.model, adapter, "finish"):
+        with packing(base, outcome.ready.packing == "packed"):
+            loss, tokens = mean_loss(
+                base.model, data.valid_rows.rows, outcome.ready.batcher, config.optim.batch_size
+            )
+        if not groups:
+            return Score(loss, Scores(loss, tokens).perplexity), []
+        longest = max(len(row.ids) for row in data.valid_rows.rows)
+        room = Sampling(max_new_tokens=min(256, max(32, longest)))
+        given = answers(base, [group[0][0] for group in groups], data.form, room)
+    exact = text_scores(given, [[text for _, text in group] for group in groups])[0]
+    return Score(loss, Scores(loss, tokens).perplexity, exact), given
+
+
+def _shown(example: Example, rendered: str) -> str:
+    """The prompt as the user wrote it; a chat as it was rendered."""
+    return example.prompt if example.prompt is not None else rendered
+
+
+def _adapter_facts(folder: Path, adapter: Adapter, outcome: Outcome) -> AdapterFacts:
+    config = outcome.config.lora
+    targets = config.target_modules
+    return AdapterFacts(
+        path=str(folder),
+        parameters=adapter.parameters,
+        file_bytes=(folder / TENSORS).stat().st_size,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        targets=targets if isinstance(targets, str) else ",".join(targets),
+    )
+
+
+def _target_row(row: CoverageRow) -> TargetRow:
+    return TargetRow(row.target, row.modules, row.layers, f"{row.shape[0]} → {row.shape[1]}", row.rank)
+
+
+def _timing(outcome: Outcome) -> Timing:
+    progress = outcome.ended.progress
+    rate = progress.tokens / progress.seconds if progress.seconds else 0.0
+    return Timing(progress.seconds, progress.step, progress.tokens, rate)
+
+
+def _data_facts(outcome: Outcome) -> dict[str, Any]:
+    data = outcome.ready.data
+    facts = dataclasses.asdict(data.summary)
+    findings = [finding["gate"] for finding in facts.pop("findings")]
+    return {
+        "source": outcome.config.data.data,
+        **facts,
+        "held-out rows": len(data.valid_rows.rows),
+        "findings": findings,
+    }
+
+
+def _write_reports(folder: Path, record: RunRecord) -> None:
+    metrics = MetricsFile(folder / "metrics.jsonl").read()
+    steps, evals = ([m for m in metrics if m["kind"] == kind] for kind in ("step", "eval"))
+    save_png(draw_curves(steps, evals), folder / "curves.png")
+    write_report(record, metrics, folder / "report.html")
+    write_text(folder / "README.md", model_card(record))
+    write_text(folder / "run.json", json.dumps(record.as_dict(), indent=2) + "\n")

@@ -1,0 +1,80 @@
+"""AdamW over an adapter's factors, LoRA+ learning rates, and the schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from onebase.config import OptimConfig
+from onebase.errors import FormatError
+
+STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """PyTorch's AdamW; with lora_plus the B factors learn that many times faster (Hayou et al. 2024)."""
+    groups = [
+        {"params": [p for n, p in parameters.items() if not n.endswith(".B")], "peak": config.lr},
+        {
+            "params": [p for n, p in parameters.items() if n.endswith(".B")],
+            "peak": config.lr * config.lora_plus,
+        },
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+SHAPES: dict[
+    str, Callable[[float], float]
+] = {  # share of the way from warm-up's end to the last step -> factor
+    "linear": lambda way: 1.0 - way,
+    "cosine": lambda way: 0.5 * (1.0 + math.cos(math.pi * way)),
+    "constant": lambda way: 1.0,
+}
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """The learning rate of 0-based `step` as a part of its peak. The first step already learns."""
+    warm = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return SHAPES[config.schedule]((step - warm) / max(total - warm, 1))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to its peak times the factor; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name: `path.A/exp_avg` and so on."""
+    return {
+        f"{name}/{key}": optimizer.state[parameter][key]
+        for name, parameter in parameters.items()
+        for key in STATE
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit. Raises FormatError where a tensor is missing."""
+    missing = [f"{n}/{key}" for n in parameters for key in STATE if f"{n}/{key}" not in tensors]
+    if missing:
+        raise FormatError("optimizer state of the checkpoint", f"lacks {', '.join(missing[:5])}")
+    for name, parameter in parameters.items():
+        moments = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in STATE[:2]}
+        optimizer.state[parameter] = moments | {"step": tensors[f"{name}/step"].clone()}

@@ -1,0 +1,94 @@
+"""What a run is going to be: sizes, tokens, steps and an estimate of its memory, before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from onebase.config import OptimConfig, TrainConfig
+from onebase.data.pack import step_rows
+from onebase.data.template import Encoded
+from onebase.layers import KINDS, base_modules, kind_of
+from onebase.models.base import Base
+from onebase.targets import CoverageRow, output_head
+from onebase.training.loop import total_steps
+from onebase.training.prepare import Prepared
+
+_RUNTIME = 400 << 20  # Python, PyTorch and transformers themselves, as measured at start-up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that are shown before training. Sizes in bytes."""
+
+    trainable: int
+    total: int
+    base_bytes: int
+    memory: int
+    rows: int
+    valid_rows: int
+    tokens: int  # in one pass
+    loss_tokens: int
+    steps: int
+    dtype: str
+    packing: str
+    coverage: list[CoverageRow]
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters as a part of all."""
+        return self.trainable / self.total
+
+
+def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
+    """Count what the run will train and take."""
+    rows = ready.data.train_rows.rows
+    low = sum(target.rank * sum(target.shape) for target in ready.coverage.targets)
+    full = sum(p.numel() for path in ready.coverage.full for p in base.model.get_submodule(path).parameters())
+    return Plan(
+        trainable=low + full,
+        total=base.parameters + low + full,
+        base_bytes=base.stored_bytes,
+        memory=_memory(base, rows, low + full, config.optim, ready.packing == "packed"),
+        rows=len(rows),
+        valid_rows=len(ready.data.valid_rows.rows),
+        tokens=sum(len(row.ids) for row in rows),
+        loss_tokens=sum(sum(row.loss) for row in rows),
+        steps=total_steps(len(rows), config.optim),
+        dtype=f"{base.dtype} ({base.dtype_reason})",
+        packing=ready.packing,
+        coverage=ready.coverage.rows(),
+    )
+
+
+def _memory(base: Base, rows: list[Encoded], trainable: int, config: OptimConfig, packed: bool) -> int:
+    """An estimate of the peak: weights, 16 bytes a trained value (itself, gradient, two moments), activations.
+
+    Autograd keeps about the input and output of every linear layer for each token of the largest batch, and
+    three float32 copies of the logits where there is loss.
+    """
+    weights = sum(parameter.nbytes for parameter in base.model.parameters())
+    size = next(base.model.parameters()).element_size()
+    kept = sum(sum(KINDS["linear"].features(m)) for m in _linears(base.model))
+    tokens, losses = _largest_batch(rows, config, packed)
+    head = output_head(base.model)
+    vocabulary = KINDS[kind].features(head)[1] if head is not None and (kind := kind_of(head)) else 0
+    return _RUNTIME + weights + 16 * trainable + tokens * kept * size * 2 + losses * vocabulary * (size + 12)
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    head = output_head(model)
+    return [m for _, m in base_modules(model) if isinstance(m, nn.Linear) and m is not head]
+
+
+def _largest_batch(rows: list[Encoded], config: OptimConfig, packed: bool) -> tuple[int, int]:
+    """Tokens and loss tokens of the largest batch of the first epoch, padding included."""
+    steps = range(total_steps(len(rows), config))
+    largest = (0, 0)
+    for step in steps[: max(1, len(rows) // config.batch_size)]:
+        for batch in step_rows(len(rows), config.batch_size, config.accumulate, 0, step):
+            lengths = [len(rows[index].ids) for index in batch]
+            tokens = sum(lengths) if packed else max(lengths) * len(lengths)
+            largest = max(largest, (tokens, sum(sum(rows[index].loss) for index in batch)))
+    return largest

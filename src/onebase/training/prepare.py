@@ -1,0 +1,112 @@
+"""Everything that must hold before the first step: rows read, encoded and gated, targets matched, batches proven."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from onebase.config import DataConfig, LoraConfig, TrainConfig
+from onebase.data.checks import Finding, added_untrained_ids, check, enforce
+from onebase.data.preview import DataSummary, summarise
+from onebase.data.read import Example, read_examples
+from onebase.data.split import split_examples
+from onebase.data.template import EncodedSet, PromptFormat, encode
+from onebase.errors import BaseError, ConfigError
+from onebase.evaluation import Batcher, batcher
+from onebase.models.base import Base
+from onebase.targets import Coverage, match
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run as read and as tokens."""
+
+    train: list[Example]
+    valid: list[Example]
+    train_rows: EncodedSet
+    valid_rows: EncodedSet
+    form: PromptFormat
+    summary: DataSummary
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the model is trained and scored on."""
+        rows = [(row.ids, row.loss) for part in (self.train_rows, self.valid_rows) for row in part.rows]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start."""
+
+    data: Data
+    coverage: Coverage
+    batcher: Batcher
+    packing: str  # "packed", or the reason why batches are padded
+    allowed: tuple[str, ...]  # gates that failed and were overridden
+
+
+def read_data(base: Base, config: DataConfig, seed: int, trained: tuple[str, ...] = ()) -> Data:
+    """Read, split and encode the rows, and check them; the summary lists the gates that fail.
+
+    `trained` are the modules that the run trains in full: special tokens are learnt if the embedding is one.
+    """
+    tokenizer = tokenizer_of(base)
+    examples = read_examples(config.data, config)
+    if config.validation:
+        train, valid = examples, read_examples(config.validation, config)
+    else:
+        train, valid = split_examples(examples, config.holdout, bool(config.split_by), seed)
+    train_rows = encode(tokenizer, train, config, base.stop_ids, base.context)
+    valid_rows = encode(tokenizer, valid, config, base.stop_ids, base.context)
+    frozen = not any("embed" in name or "wte" in name for name in trained)
+    untrained = added_untrained_ids(tokenizer, _embedding(base)) if frozen else frozenset[int]()
+    findings = check(train_rows, tokenizer, base.stop_ids, untrained)
+    form = PromptFormat.of(config, train)
+    return Data(train, valid, train_rows, valid_rows, form, summarise(train, train_rows, findings))
+
+
+def tokenizer_of(base: Base) -> Any:
+    """The base's tokenizer; an error where the base cannot be trained on text."""
+    if base.kind != "causal":
+        raise BaseError(
+            f"train on {base.ref}", f"a base of kind {base.kind}; this needs a causal language model"
+        )
+    if base.tokenizer is None:
+        raise BaseError(f"train on {base.ref}", "it has no tokenizer files")
+    return base.tokenizer
+
+
+def _embedding(base: Base) -> Any:
+    return base.model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+
+
+def prepare(base: Base, config: TrainConfig) -> Prepared:
+    """Check everything and give what the run needs. Raises the first OnebaseError; nothing is written yet."""
+    lora, allowed = config.lora, config.data.allowed
+    coverage = match(base.model, lora)
+    data = read_data(base, config.data, config.seed, coverage.full)
+    findings = [*data.summary.findings, *_uneven(coverage)]
+    overridden = enforce(findings, allowed)
+    _check_sizes(data, lora)
+    make, how = batcher(base, config.optim.attention)
+    return Prepared(data, coverage, make, how, tuple(finding.gate for finding in overridden))
+
+
+def _uneven(coverage: Coverage) -> list[Finding]:
+    if not coverage.uneven:
+        return []
+    fix = "say which layers are meant with --layers, or name targets that every layer has"
+    return [Finding("uneven-targets", (), "; ".join(coverage.uneven) + f"\n    fix: {fix}")]
+
+
+def _check_sizes(data: Data, lora: LoraConfig) -> None:
+    if not data.train_rows.rows:
+        raise ConfigError(
+            "option overlong=drop", "leaves no training row", hint="raise --max-length or truncate"
+        )
+    if lora.dropout and not lora.target_modules:
+        raise ConfigError(
+            "options dropout and target_modules", "dropout acts on low-rank updates, and there are none"
+        )

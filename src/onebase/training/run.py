@@ -1,0 +1,250 @@
+"""`train`: from options to a proven adapter in a run folder, or to a checkpoint from which to go on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from onebase.adapter import Adapter, Origin
+from onebase.config import TrainConfig, build, flatten
+from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
+from onebase.evaluation import packing
+from onebase.files import write_text
+from onebase.injection import adapter_for, base_tensors, eject, inject, trainable, use
+from onebase.models.base import Base, load_base
+from onebase.models.fingerprint import tensor_digests
+from onebase.training import checkpoint
+from onebase.training.checkpoint import Progress, Snapshot
+from onebase.training.finish import Outcome, finish
+from onebase.training.loggers import open_loggers
+from onebase.training.loop import NAME, Evaluated, Event, Finished, Session, Stepped, run_loop
+from onebase.training.optim import make_optimizer, restore_optimizer
+from onebase.training.plan import Plan, make_plan
+from onebase.training.prepare import Prepared, prepare
+from onebase.training.record import MetricsFile, RunRecord
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+TASKS = {"causal": "CAUSAL_LM"}
+
+# What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
+FREE = frozenset(
+    {"resume", "overwrite", "log", "keep", "samples", "output", "data", "validation", "base", "dtype"}
+)
+
+Listener = Callable[[Plan | Event], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that ended. `adapter` and `record` are None where it was interrupted: resume it to get them."""
+
+    folder: Path
+    reason: str  # completed, early or interrupted
+    progress: Progress
+    adapter: Adapter | None = None
+    record: RunRecord | None = None
+
+
+def train(
+    base: Base | str | None = None,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> Run:
+    """Train an adapter; `options` are those of TrainConfig, flat: `data="rows.jsonl", output="runs/a", rank=8`.
+
+    The output folder gets the adapter (PEFT's format), checkpoints, metrics.jsonl, curves.png, report.html and
+    a model card. `listener` gets the Plan and then every Event; once `stop()` is true the step in hand is
+    finished and saved. Raises OnebaseError before anything is written if the data, the targets or the base are
+    not right, and Diverged where the loss is not finite.
+    """
+    config = read_config(options)
+    folder = _claim(config)
+    snapshot = _last(folder) if config.resume else None
+    if not isinstance(base, Base):
+        dtype = snapshot.facts["dtype"] if snapshot else config.dtype
+        base = load_base(base or config.base, dtype)
+    ready = prepare(base, config)
+    facts = _facts(base, config, ready)
+    if snapshot:
+        _check_same(snapshot.facts, facts)
+    plan = make_plan(base, config, ready)
+    if listener:
+        listener(plan)
+    _open_folder(folder, config)
+    with torch.random.fork_rng():
+        return _train(base, config, ready, plan, _Start(folder, snapshot, facts), listener, stop)
+
+
+def read_config(options: Mapping[str, Any]) -> TrainConfig:
+    """The options as a config; with resume, the run folder's own options unless they are given again."""
+    if not options.get("resume"):
+        config = build(TrainConfig, options)
+    else:
+        stored = _stored_options(Path(options.get("output") or "."))
+        config = build(TrainConfig, {**stored, **options, "overwrite": options.get("overwrite", False)})
+    if not config.data.data:
+        raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
+    if not config.output:
+        raise ConfigError("option output", "is empty", hint="name a folder for the run: --output runs/first")
+    return config
+
+
+def _stored_options(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise MissingFile(f"resume {folder}", f"no {CONFIG} there, so no run to resume")
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise FormatError(f"resume {folder}", f"its {CONFIG} is broken: {error}") from error
+
+
+def _claim(config: TrainConfig) -> Path:
+    """The output folder, if the run may use it; checked first, so that no work is lost."""
+    folder = Path(config.output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(f"output {folder}", "it is a file")
+    if not folder.is_dir() or not any(folder.iterdir()) or config.resume:
+        return folder
+    if not (folder / CONFIG).is_file():
+        raise OutputExists(
+            f"output {folder}", "it is not empty and holds no run", hint="choose another folder"
+        )
+    if not config.overwrite:
+        hint = "--resume goes on with it, --overwrite deletes it"
+        raise OutputExists(f"output {folder}", "it already holds a run", hint=hint)
+    return folder
+
+
+def _last(folder: Path) -> Snapshot | None:
+    """The newest checkpoint; None where the run was stopped before its first."""
+    found = checkpoint.checkpoints(folder)
+    return checkpoint.load(found[-1]) if found else None
+
+
+def _facts(base: Base, config: TrainConfig, ready: Prepared) -> dict[str, Any]:
+    """What must be the same for a resumed run to equal an uninterrupted one."""
+    options = {name: value for name, value in flatten(config).items() if name not in FREE}
+    return {
+        **options,
+        "dtype": base.dtype,
+        "base fingerprint": base.fingerprint,
+        "data digest": ready.data.digest,
+        "batches": "packed" if ready.packing == "packed" else "padded",
+    }
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differing:
+        told = "; ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(differing)
+        )
+        raise ConfigError(
+            "resume", told, hint="a resumed run must equal an uninterrupted one: restore these, or start anew"
+        )
+
+
+def _open_folder(folder: Path, config: TrainConfig) -> None:
+    if config.overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    if not config.resume:
+        write_text(folder / CONFIG, yaml.safe_dump({**flatten(config), "overwrite": False}, sort_keys=False))
+
+
+@dataclass(frozen=True)
+class _Start:
+    folder: Path
+    snapshot: Snapshot | None
+    facts: Mapping[str, Any]
+
+
+def _train(
+    base: Base,
+    config: TrainConfig,
+    ready: Prepared,
+    plan: Plan,
+    start: _Start,
+    listener: Listener | None,
+    stop: Callable[[], bool],
+) -> Run:
+    torch.manual_seed(config.seed)
+    started = time.perf_counter()
+    before = tensor_digests(base_tensors(base.model))
+    hashing = time.perf_counter() - started
+    origin = Origin(base.name, base.fingerprint, TASKS.get(base.kind, ""), ready.data.form.as_dict())
+    adapter = (
+        start.snapshot.adapter
+        if start.snapshot
+        else adapter_for(base.model, ready.coverage, config.lora, config.seed, origin)
+    )
+    progress = start.snapshot.progress if start.snapshot else Progress()
+    inject(base.model, adapter, NAME)
+    try:
+        session = _session(base, config, ready, start)
+        with use(base.model, NAME), packing(base, ready.packing == "packed"):
+            ended = _drive(session, progress, config, listener, stop)
+        if ended.reason == "interrupted":
+            return Run(start.folder, ended.reason, ended.progress)
+    finally:
+        eject(base.model, [NAME])
+    outcome = Outcome(config, ready, plan, ended, before, hashing)
+    adapter, record = finish(base, start.folder, outcome)
+    return Run(start.folder, ended.reason, ended.progress, adapter, record)
+
+
+def _session(base: Base, config: TrainConfig, ready: Prepared, start: _Start) -> Session:
+    parameters = trainable(base.model, NAME)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(parameters, config.optim)
+    if start.snapshot:
+        restore_optimizer(optimizer, parameters, start.snapshot.tensors)
+        checkpoint.restore_random(start.snapshot.tensors)
+    return Session(
+        model=base.model,
+        parameters=parameters,
+        optimizer=optimizer,
+        train_rows=ready.data.train_rows.rows,
+        valid_rows=ready.data.valid_rows.rows,
+        batcher=ready.batcher,
+        config=config.optim,
+        seed=config.seed,
+        folder=start.folder,
+        facts=start.facts,
+        check_unused="unused-adapter" not in config.data.allowed,
+    )
+
+
+def _drive(
+    session: Session,
+    progress: Progress,
+    config: TrainConfig,
+    listener: Listener | None,
+    stop: Callable[[], bool],
+) -> Finished:
+    """Run the loop, writing metrics down and passing events on; gives the last event."""
+    metrics = MetricsFile(session.folder / METRICS)
+    metrics.truncate_after(progress.step if progress.step else -1)
+    with open_loggers(config.log, session.folder, flatten(config), progress.step + 1) as loggers:  # pyright: ignore[reportArgumentType]
+        for event in _events(session, progress, stop):
+            if isinstance(event, Stepped | Evaluated):
+                metrics.append(event.metrics)
+                loggers.log(event.metrics, event.progress.step)
+            if listener:
+                listener(event)
+            if isinstance(event, Finished):
+                return event
+    raise AssertionError("the loop ends with Finished")
+
+
+def _events(session: Session, progress: Progress, stop: Callable[[], bool]) -> Iterator[Event]:
+    yield from run_loop(session, progress, stop)
