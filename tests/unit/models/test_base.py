@@ -256,7 +256,7 @@ def test_a_hub_name_without_network_is_explained_in_two_lines(
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BaseError, match="'no-one/nothing': .*not cached.*cannot be reached") as caught:
+    with pytest.raises(BaseError, match=r"'no-one/nothing': .*not cached.*cannot be reached") as caught:
         load_base("no-one/nothing")
     assert len(str(caught.value).splitlines()) == 2
 
@@ -273,7 +273,7 @@ def test_a_cached_hub_name_needs_no_network(tmp_path: Path, llama: Path, monkeyp
     assert base.fingerprint == load_base(llama, dtype="float32").fingerprint
 
     (repository / "snapshots" / commit / SINGLE).unlink()  # an interrupted download is not taken for a base
-    with pytest.raises(BaseError, match="cannot be reached|no model.safetensors"):
+    with pytest.raises(BaseError, match=r"no model\.safetensors"):
         load_base("some-one/llama")
 
 
