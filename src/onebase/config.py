@@ -6,15 +6,14 @@ dataclasses group them, a user never writes the group's name.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
 from onebase.errors import ConfigError, nearest
+from onebase.options import assign, build, flatten, names, opt, pairs, require
 
-T = TypeVar("T")
+__all__ = ["build", "flatten"]
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
@@ -29,47 +28,6 @@ GATES: dict[str, str] = {
     "uneven-targets": "a target matches in some layers and not in others",
     "unused-adapter": "an adapted module took no part in the first step",
 }
-
-
-def opt(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; `default` may be a zero-argument factory such as `list`."""
-    if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def _require(name: str, value: object, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise ConfigError(f"option {name}={value!r}", f"must be {wanted}")
-
-
-def _pairs(name: str, value: Mapping[str, Any] | str, convert: Callable[[str], Any]) -> dict[str, Any]:
-    """`a=b,c=d` or a mapping, as a dict with converted values."""
-    if isinstance(value, str):
-        items = [part.partition("=") for part in value.split(",") if part]
-        for key, equals, text in items:
-            _require(
-                name, value, bool(key and equals and text), "pairs such as prompt=question,completion=answer"
-            )
-        value = {key.strip(): text.strip() for key, _, text in items}
-    try:
-        return {str(key): convert(item) for key, item in value.items()}
-    except ValueError as error:
-        raise ConfigError(f"option {name}={value!r}", str(error)) from error
-
-
-def _names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
-    """A list of names, or one string of comma-separated names, as a tuple."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = value.split(",")
-    return tuple(part.strip() for part in value if part.strip())
-
-
-def _set(config: object, **values: object) -> None:
-    for name, value in values.items():
-        object.__setattr__(config, name, value)
 
 
 @dataclass(frozen=True)
@@ -103,24 +61,24 @@ class LoraConfig:
     )
 
     def __post_init__(self) -> None:
-        _require("rank", self.rank, self.rank >= 1, "at least 1")
-        _require(
+        require("rank", self.rank, self.rank >= 1, "at least 1")
+        require(
             "alpha", self.alpha, math.isfinite(self.alpha) and self.alpha != 0, "a finite number other than 0"
         )
-        _require("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        _require("init", self.init, self.init in ("default", "gaussian"), "default or gaussian")
-        _set(
+        require("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        require("init", self.init, self.init in ("default", "gaussian"), "default or gaussian")
+        assign(
             self,
             alpha=float(self.alpha),
             target_modules=_targets(self.target_modules),
             exclude_modules=_targets(self.exclude_modules),
-            rank_pattern=_pairs("rank_pattern", self.rank_pattern, int),
-            alpha_pattern=_pairs("alpha_pattern", self.alpha_pattern, float),
-            modules_to_save=_names(self.modules_to_save),
+            rank_pattern=pairs("rank_pattern", self.rank_pattern, int),
+            alpha_pattern=pairs("alpha_pattern", self.alpha_pattern, float),
+            modules_to_save=names(self.modules_to_save),
         )
-        _require("target_modules", "", bool(self.target_modules or self.modules_to_save), "at least one name")
+        require("target_modules", "", bool(self.target_modules or self.modules_to_save), "at least one name")
         for name, rank in self.ranks.items():
-            _require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
+            require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
         parse_layers(self.layers)
 
     # The fields accept what a user types; these give what __post_init__ made of it.
@@ -140,7 +98,7 @@ class LoraConfig:
 def _targets(value: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
     if isinstance(value, str) and (value == ALL_LINEAR or value.startswith(REGEX_PREFIX)):
         return value
-    return _names(value)
+    return names(value)
 
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -149,9 +107,9 @@ def parse_layers(text: str) -> frozenset[int]:
     for part in text.split(",") if text else []:
         first, dash, last = part.strip().partition("-")
         numbers = first.isdigit() and (last.isdigit() if dash else True)
-        _require("layers", text, numbers, "layer numbers and ranges such as 0-5,8")
+        require("layers", text, numbers, "layer numbers and ranges such as 0-5,8")
         end = int(last) if dash else int(first)
-        _require("layers", text, int(first) <= end, "ranges that go up, such as 0-5")
+        require("layers", text, int(first) <= end, "ranges that go up, such as 0-5")
         layers.update(range(int(first), end + 1))
     return frozenset(layers)
 
@@ -187,19 +145,19 @@ class DataConfig:
     allow: str | list[str] = opt(list, "gates to override by name: " + ", ".join(GATES))
 
     def __post_init__(self) -> None:
-        _require("holdout", self.holdout, self.holdout >= 0, "0 or more")
-        _require("limit", self.limit, self.limit >= 0, "0 or more")
-        _require(
+        require("holdout", self.holdout, self.holdout >= 0, "0 or more")
+        require("limit", self.limit, self.limit >= 0, "0 or more")
+        require(
             "max_length", self.max_length, self.max_length == 0 or self.max_length >= 2, "0 or at least 2"
         )
-        _require("loss_on", self.loss_on, self.loss_on in ("completion", "all"), "completion or all")
-        _require(
+        require("loss_on", self.loss_on, self.loss_on in ("completion", "all"), "completion or all")
+        require(
             "overlong",
             self.overlong,
             self.overlong in ("error", "truncate", "drop"),
             "error, truncate or drop",
         )
-        _set(self, map=_pairs("map", self.map, str), allow=_names(self.allow))
+        assign(self, map=pairs("map", self.map, str), allow=names(self.allow))
         for name in self.allow:
             if name not in GATES:
                 raise ConfigError(f"option allow={name}", "no gate of that name", nearest(name, GATES))
@@ -255,19 +213,19 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "lr", "lora_plus", "eps"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         for name in ("max_steps", "warmup", "weight_decay", "clip", "eval_every", "patience", "save_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("keep", self.keep, self.keep >= 1, "at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("keep", self.keep, self.keep >= 1, "at least 1")
         for name in ("beta1", "beta2"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require(
+            require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require(
             "schedule",
             self.schedule,
             self.schedule in ("linear", "cosine", "constant"),
             "linear, cosine or constant",
         )
-        _require(
+        require(
             "attention",
             self.attention,
             self.attention in ("auto", "packed", "padded"),
@@ -294,60 +252,104 @@ class TrainConfig:
     optim: OptimConfig = opt(OptimConfig, "")
 
     def __post_init__(self) -> None:
-        _require("samples", self.samples, self.samples >= 0, "0 or more")
-        _require(
+        require("samples", self.samples, self.samples >= 0, "0 or more")
+        require(
             "dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"
         )
-        _set(self, log=_names(self.log))
+        assign(self, log=names(self.log))
         if self.resume and self.overwrite:
             raise ConfigError(
                 "options resume and overwrite", "contradict each other: one keeps the run, one deletes it"
             )
 
 
-def flat_options(config_type: type) -> dict[str, tuple[Any, Any, str]]:
-    """All options of a config dataclass and of the ones inside it: name -> (type, default, help)."""
-    options: dict[str, tuple[Any, Any, str]] = {}
-    hints = get_type_hints(config_type)
-    for item in dataclasses.fields(config_type):
-        if dataclasses.is_dataclass(hints[item.name]):
-            inner = flat_options(hints[item.name])
-            assert not options.keys() & inner.keys(), "an option is declared twice"
-            options |= inner
-        else:
-            made = item.default_factory
-            default = item.default if made is dataclasses.MISSING else made()
-            options[item.name] = (hints[item.name], default, item.metadata["help"])
-    return options
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are chosen."""
+
+    max_new_tokens: int = opt(256, "longest answer in tokens")
+    temperature: float = opt(0.0, "0 for the likeliest token each time (greedy), above 0 to sample")
+    top_p: float = opt(1.0, "sample from the likeliest tokens that together have this probability")
+    top_k: int = opt(0, "sample from this many likeliest tokens (0: all)")
+    seed: int = opt(0, "seed of the sampling; the same prompts in the same batches give the same answers")
+    batch_size: int = opt(16, "prompts in one batch")
+
+    def __post_init__(self) -> None:
+        require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        require("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        require("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
 
 
-def build(config_type: type[T], options: Mapping[str, Any]) -> T:
-    """Make a config from flat options; an unknown name is a ConfigError with the nearest valid ones."""
-    known = flat_options(config_type)
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"unknown option {name}", "no such option", nearest(name, known))
-    return _build(config_type, options)
+@dataclass(frozen=True)
+class WithAdapter:
+    """Which base and adapter a command uses."""
+
+    base: str = opt("", "base model (empty: the one that the adapter was made for, else smollm2-135m)")
+    adapter: str = opt("", "adapter folder (empty: the plain base)")
+    allow_base_mismatch: bool = opt(
+        False, "accept an adapter that was made for a base with another fingerprint"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
 
 
-def _build(config_type: type[Any], options: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(config_type)
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config_type):
-        if dataclasses.is_dataclass(hints[item.name]):
-            values[item.name] = _build(hints[item.name], options)
-        elif item.name in options:
-            values[item.name] = options[item.name]
-    return config_type(**values)
+@dataclass(frozen=True)
+class PreviewConfig:
+    """`onebase preview`."""
+
+    base: str = opt("smollm2-135m", "base model, for its tokenizer and chat template")
+    rows: int = opt(3, "rows to show token by token")
+    seed: int = opt(0, "seed of the split")
+    data: DataConfig = opt(DataConfig, "")
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """The flat options of a config, as JSON-ready values: `build(type(c), flatten(c)) == c`."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values |= flatten(value)
-        else:
-            values[item.name] = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
-    return values
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`onebase generate`."""
+
+    prompt: str = opt("", "one prompt")
+    input: str = opt("", "file of prompts: a .txt with one a line, or any data file with a prompt column")
+    output: str = opt("", "write JSONL with prompt and answer here instead of to the screen")
+    map: dict[str, str] | str = opt(dict, "rename the input's columns, for example prompt=question")
+    using: WithAdapter = opt(WithAdapter, "")
+    sampling: Sampling = opt(Sampling, "")
+
+    def __post_init__(self) -> None:
+        if self.prompt and self.input:
+            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """`onebase chat`."""
+
+    system: str = opt("", "system message (empty: the one the adapter was trained with, if any)")
+    using: WithAdapter = opt(WithAdapter, "")
+    sampling: Sampling = opt(Sampling, "")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`onebase eval`."""
+
+    generate: bool = opt(True, "also generate answers, for exact match, BLEU and chrF")
+    output: str = opt("", "write the scores to this JSON file too")
+    using: WithAdapter = opt(WithAdapter, "")
+    sampling: Sampling = opt(Sampling, "")
+    data: DataConfig = opt(lambda: DataConfig(holdout=0), "")  # with holdout: the rows that training held out
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """`onebase inspect`."""
+
+    adapter: str = opt("", "adapter folder")
+    json: bool = opt(False, "print JSON instead of tables")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`onebase demo`."""
+
+    output: str = opt("runs/demo", "folder for the demo's run; it is replaced")

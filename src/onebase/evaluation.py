@@ -14,14 +14,14 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import nn
 
 from onebase.adapter import Adapter
-from onebase.config import DataConfig, build
+from onebase.config import DataConfig, Sampling, build
 from onebase.data.pack import Batch, bucketed, pack, pad
 from onebase.data.read import Example, read_examples
 from onebase.data.template import Encoded, PromptFormat, encode
 from onebase.errors import BaseError
 from onebase.injection import injected
 from onebase.models.base import Base
-from onebase.models.generation import Sampling, answers, format_of
+from onebase.models.generation import answers, format_of
 from onebase.models.loss import loss_sum
 from onebase.models.packing import packed_attention, packing_problem
 

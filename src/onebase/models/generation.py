@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
 
 from onebase.adapter import Adapter
+from onebase.config import Sampling
 from onebase.data.pack import bucketed
 from onebase.data.read import Example
 from onebase.data.template import PromptFormat, render_prompt
-from onebase.errors import BaseError, ConfigError, DataError
+from onebase.errors import BaseError, DataError
 from onebase.injection import injected
 from onebase.models.base import Base
 
 Stream = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are chosen. Temperature 0 is greedy; with a seed, the same batch gives the same answers."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "batch_size": self.batch_size >= 1,
-        }
-        for name, ok in ranges.items():
-            if not ok:
-                raise ConfigError(f"option {name}={getattr(self, name)}", "is out of range")
 
 
 def generate(

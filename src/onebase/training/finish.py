@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onebase.adapter import Adapter
-from onebase.config import TrainConfig, flatten
+from onebase.config import Sampling, TrainConfig, flatten
 from onebase.data.read import Example
 from onebase.data.template import render_prompt
 from onebase.device import machine, peak_memory
@@ -26,7 +26,7 @@ from onebase.format import TENSORS, read_adapter, write_adapter
 from onebase.injection import base_tensors, injected
 from onebase.models.base import Base
 from onebase.models.fingerprint import combined, tensor_digests
-from onebase.models.generation import Sampling, answers
+from onebase.models.generation import answers
 from onebase.targets import CoverageRow
 from onebase.training import checkpoint
 from onebase.training.card import model_card

@@ -1,0 +1,70 @@
+"""`onebase chat`: a conversation with the base or an adapter, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from onebase.cli.screen import console, notes
+from onebase.cli.using import open_pair
+from onebase.config import ChatConfig, Sampling, build
+from onebase.data.template import PromptFormat, render_messages, render_prompt
+from onebase.errors import DataError
+from onebase.injection import injected
+from onebase.models.base import Base
+from onebase.models.generation import decode, format_of, generate_ids
+
+HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends it"
+
+
+def run(options: dict[str, Any]) -> int:
+    """Read lines until the end of input or /quit."""
+    config = build(ChatConfig, options)
+    base, adapter = open_pair(config.using)
+    form = format_of(base, adapter)
+    if config.system:
+        form = PromptFormat(form.chat, config.system, form.separator)
+    notes.print(
+        f"{'adapter ' + config.using.adapter if adapter else 'base ' + base.name}; {HELP}", markup=False
+    )
+    messages: list[dict[str, str]] = []
+    chosen = adapter
+    while (line := _ask()) is not None:
+        if line == "/reset":
+            messages = []
+        elif line in ("/base", "/adapter"):
+            chosen = adapter if line == "/adapter" else None
+            notes.print("the plain base answers" if chosen is None else "the adapter answers")
+        elif line.startswith("/"):
+            notes.print(HELP)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            with injected(base.model, chosen, "chat"):
+                try:
+                    answer = _answer(base, messages, form, config.sampling)
+                except DataError as error:
+                    notes.print(f"{error}; /reset starts anew", markup=False)
+                    continue
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _ask() -> str | None:
+    try:
+        line = console.input("[bold]> [/]" if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
+
+
+def _answer(base: Base, messages: list[dict[str, str]], form: PromptFormat, sampling: Sampling) -> str:
+    """The next answer, printed as it comes. Without a chat format each line is a prompt of its own."""
+    tokenizer: Any = base.tokenizer
+    ids = (
+        render_messages(tokenizer, messages, form)
+        if form.chat
+        else render_prompt(tokenizer, messages[-1]["content"], form)
+    )
+    (answer,) = generate_ids(base, [ids], sampling, lambda text: print(text, end="", flush=True))
+    print()
+    return decode(base, [answer])[0]

@@ -1,0 +1,68 @@
+"""`onebase eval`: base and adapter on the same rows, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.table import Table
+
+from onebase.cli.screen import console
+from onebase.cli.using import open_pair
+from onebase.config import EvalConfig, build, flatten
+from onebase.data.read import Example, read_examples
+from onebase.data.split import split_examples
+from onebase.evaluation import Scores, evaluate
+from onebase.files import write_text
+
+METRICS = {  # name -> (how it is written, is a larger value better)
+    "loss": "{:.4f}",
+    "perplexity": "{:.3f}",
+    "exact_match": "{:.1%}",
+    "bleu": "{:.2f}",
+    "chrf": "{:.2f}",
+}
+
+
+def run(options: dict[str, Any]) -> int:
+    """Print the scores as a table; with --output write them as JSON too."""
+    config = build(EvalConfig, options)
+    base, adapter = open_pair(config.using)
+    rows = _rows(config)
+    sampling = config.sampling if config.generate and rows[0].kind != "text" else None
+    data = {
+        name: value
+        for name, value in flatten(config.data).items()
+        if name not in ("data", "holdout", "split_by")
+    }
+    scores = {"base": evaluate(base, rows, None, sampling, **data)}
+    if adapter is not None:
+        scores["adapter"] = evaluate(base, rows, adapter, sampling, **data)
+    if config.output:
+        write_text(config.output, json.dumps({n: _as_json(s) for n, s in scores.items()}, indent=2) + "\n")
+    _print(scores, len(rows))
+    return 0
+
+
+def _rows(config: EvalConfig) -> list[Example]:
+    """All rows of the file or, with --holdout, those that training with the same options held out."""
+    rows = read_examples(config.data.data, config.data)
+    if not config.data.holdout:
+        return rows
+    return split_examples(rows, config.data.holdout, bool(config.data.split_by), config.sampling.seed)[1]
+
+
+def _as_json(scores: Scores) -> dict[str, Any]:
+    values = dataclasses.asdict(scores) | {"perplexity": scores.perplexity}
+    return {name: value for name, value in values.items() if name != "answers"}
+
+
+def _print(scores: dict[str, Scores], rows: int) -> None:
+    tokens = next(iter(scores.values())).tokens
+    table = Table("", *scores, title=f"{rows:,} rows, {tokens:,} tokens with loss", title_justify="left")
+    for name, form in METRICS.items():
+        values = [getattr(score, name) for score in scores.values()]
+        if None not in values:
+            table.add_row(name.replace("_", " "), *(form.format(value) for value in values))
+    console.print(table)

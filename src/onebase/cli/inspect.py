@@ -1,0 +1,97 @@
+"""`onebase inspect`: what an adapter folder holds, and where it came from. Needs no base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from onebase.adapter import Adapter
+from onebase.cli.screen import console, table
+from onebase.config import InspectConfig, build, flatten
+from onebase.format import TENSORS, read_adapter
+from onebase.training.report import count, size
+
+TRAINING = ("steps", "tokens", "rows", "loss")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Print the adapter's config, base, tensors and norms."""
+    config = build(InspectConfig, options)
+    adapter = read_adapter(config.adapter)
+    facts = describe(adapter, Path(config.adapter))
+    if config.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    _print(facts)
+    return 0
+
+
+def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """The adapter as plain values; `norm` is the Frobenius norm of scale·B·A, 0 where the update does nothing."""
+    modules = [
+        {
+            "module": path,
+            "kind": low.kind,
+            "in": low.A.shape[1],
+            "out": low.B.shape[0],
+            "rank": low.rank,
+            "scale": low.scale,
+            "norm": float((low.B @ low.A).norm() * abs(low.scale)),
+        }
+        for path, low in adapter.lowrank.items()
+    ]
+    full = [
+        {"module": p, "tensors": {n: list(t.shape) for n, t in s.items()}} for p, s in adapter.full.items()
+    ]
+    return {
+        "folder": str(folder),
+        "bytes": (folder / TENSORS).stat().st_size,
+        "parameters": adapter.parameters,
+        "config": flatten(adapter.config),
+        "base": {"name": adapter.origin.base, "fingerprint": adapter.origin.fingerprint},
+        "prompt": dict(adapter.origin.prompt),
+        "training": dict(adapter.origin.training),
+        "modules": modules,
+        "trained in full": full,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    config, training = facts["config"], facts["training"]
+    rows = [
+        ("base", facts["base"]["name"] or "not recorded"),
+        (
+            "base fingerprint",
+            facts["base"]["fingerprint"] or "not recorded: whether a base is the right one cannot be told",
+        ),
+        ("size", f"{count(facts['parameters'])} parameters, {size(facts['bytes'])}"),
+        ("rank, alpha", f"{config['rank']}, {config['alpha']:g}{', rsLoRA' if config['rslora'] else ''}"),
+        ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
+        ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
+    ]
+    rows += [
+        (f"training: {name}", str(training[name]))
+        for name in ("steps", "tokens", "rows", "loss")
+        if name in training
+    ]
+    idle = [item["module"] for item in facts["modules"] if item["norm"] == 0.0]
+    rows.append(
+        (
+            "without effect",
+            f"{len(idle)} of {len(facts['modules'])} modules: B·A is 0" if idle else "no module",
+        )
+    )
+    console.print(table(f"adapter {facts['folder']}", rows))
+    modules = Table(
+        "module", "in → out", "rank", "scale", "norm of s·B·A", title="updates", title_justify="left"
+    )
+    for item in facts["modules"]:
+        shape = f"{item['in']} → {item['out']}"
+        modules.add_row(
+            Text(item["module"]), shape, str(item["rank"]), f"{item['scale']:g}", f"{item['norm']:.4g}"
+        )
+    console.print(modules)

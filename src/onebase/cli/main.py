@@ -1,0 +1,133 @@
+"""The command line: a table of commands, one parser made from the options of each, and errors without traceback."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from onebase import config
+from onebase.cli.parser import parse
+from onebase.errors import ConfigError, OnebaseError, nearest
+
+
+class Command(NamedTuple):
+    """One command: its options, the module that runs it, what it is for, an example, its positional option."""
+
+    options: type
+    module: str
+    help: str
+    example: str
+    positional: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        config.TrainConfig,
+        "train",
+        "train an adapter on your rows; the base stays as it is",
+        "onebase train --data rows.jsonl --output runs/first --rank 8",
+    ),
+    "preview": Command(
+        config.PreviewConfig,
+        "preview",
+        "show what the model will see: tokens, which of them carry loss, and the checks",
+        "onebase preview --data rows.jsonl --chat",
+    ),
+    "generate": Command(
+        config.GenerateConfig,
+        "generate",
+        "answer one prompt or a file of prompts, with an adapter or without",
+        "onebase generate --adapter runs/first --prompt 'My kettle broke'",
+    ),
+    "chat": Command(
+        config.ChatConfig,
+        "chat",
+        "talk to the base or to an adapter",
+        "onebase chat --adapter runs/first",
+    ),
+    "eval": Command(
+        config.EvalConfig,
+        "evaluate",
+        "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF",
+        "onebase eval --adapter runs/first --data test.jsonl",
+    ),
+    "inspect": Command(
+        config.InspectConfig,
+        "inspect",
+        "show what an adapter folder holds and where it came from",
+        "onebase inspect runs/first",
+        positional="adapter",
+    ),
+    "demo": Command(
+        config.DemoConfig,
+        "demo",
+        "train an adapter on data that comes with onebase, and prove what happened",
+        "onebase demo",
+    ),
+}
+
+USAGE = "usage: onebase COMMAND [options]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a user's mistake, 3 for a diverged run, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is imported: no fork warning
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("onebase").setLevel(logging.INFO)
+    return guarded(lambda: _dispatch(arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Turn errors that a user can cause into one message and an exit code."""
+    try:
+        return run()
+    except OnebaseError as error:
+        print(f"onebase: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("onebase: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: `onebase inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"onebase {importlib.metadata.version('onebase')}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name}", "no such command", nearest(name, COMMANDS), USAGE)
+    command = COMMANDS[name]
+    options = parse(name, command, arguments[1:])
+    if options is None:  # --help or --print_config has printed what was asked
+        return 0
+    run: Callable[[Any], int] = importlib.import_module(f"onebase.cli.{command.module}").run
+    return run(options)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "onebase: one frozen base model, many LoRA adapters.",
+            "",
+            USAGE,
+            "",
+            *lines,
+            "",
+            "Every option of a command: onebase COMMAND --help. Options may also stand in a YAML file: --config FILE.",
+            "Start here: onebase demo",
+        ]
+    )

@@ -1,0 +1,22 @@
+"""`onebase preview`: the data as the model will see it, and the gates; exits with 2 where one fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onebase.cli.screen import console
+from onebase.config import PreviewConfig, build
+from onebase.data.checks import enforce
+from onebase.data.preview import print_preview
+from onebase.models.base import load_base
+from onebase.training.prepare import read_data, tokenizer_of
+
+
+def run(options: dict[str, Any]) -> int:
+    """Print the preview. Raises GateError, after printing, where a gate fails that is not allowed."""
+    config = build(PreviewConfig, options)
+    base = load_base(config.base, "float32")  # float32 is mapped from disk; nothing is computed here
+    data = read_data(base, config.data, config.seed)
+    print_preview(console, tokenizer_of(base), data.train_rows, data.summary, config.rows)
+    enforce(data.summary.findings, config.data.allowed)
+    return 0

@@ -1,0 +1,154 @@
+"""What commands print: the plan before training, the bar during it, the summary after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from onebase.targets import CoverageRow
+from onebase.training.loop import Evaluated, Event, Finished, Saved, Stepped
+from onebase.training.plan import Plan
+from onebase.training.record import RunRecord
+from onebase.training.report import count, duration, size
+
+console = Console()
+notes = Console(stderr=True)
+
+
+def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """A two-column table; user text in it is not taken as markup."""
+    made = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        made.add_row(name, Text(value))
+    return made
+
+
+def coverage_table(rows: Iterable[CoverageRow]) -> Table:
+    """Which modules get an update, in which layers."""
+    made = Table(
+        "target", "modules", "layers", "in → out", "rank", "scale", title="adapted", title_justify="left"
+    )
+    for row in rows:
+        shape = f"{row.shape[0]} → {row.shape[1]}"
+        made.add_row(
+            Text(row.target), str(row.modules), row.layers or "-", shape, str(row.rank), f"{row.scale:g}"
+        )
+    return made
+
+
+def print_plan(plan: Plan) -> None:
+    """What the run is going to be."""
+    batches = "packed, without padding" if plan.packing == "packed" else f"padded ({plan.packing})"
+    console.print(coverage_table(plan.coverage))
+    console.print(
+        table(
+            "plan",
+            [
+                (
+                    "trainable parameters",
+                    f"{count(plan.trainable)} of {count(plan.total)} ({plan.share:.2%})",
+                ),
+                ("base", f"{size(plan.base_bytes)} stored; runs in {plan.dtype}"),
+                ("rows", f"{count(plan.rows)} to train on, {count(plan.valid_rows)} held out"),
+                (
+                    "tokens in one pass",
+                    f"{count(plan.tokens)}, of which {count(plan.loss_tokens)} carry loss",
+                ),
+                ("optimiser steps", count(plan.steps)),
+                ("batches", batches),
+                ("memory, estimated", size(plan.memory)),
+            ],
+        )
+    )
+
+
+class TrainingScreen:
+    """Listens to a run: prints the plan, moves a bar, and keeps quiet where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: Any = None
+        self._total = 0
+
+    def __enter__(self) -> TrainingScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Plan | Event) -> None:
+        match event:
+            case Plan():
+                print_plan(event)
+                self._total = event.steps
+            case Stepped():
+                self._step(event)
+            case Evaluated():
+                best = " (best)" if event.progress.best_step == event.progress.step else ""
+                console.print(f"step {event.progress.step}: held-out loss {event.metrics['loss']:.4f}{best}")
+            case Saved():
+                console.print(
+                    f"step {event.progress.step}: saved {event.folder}", highlight=False, soft_wrap=True
+                )
+            case Finished():
+                self._bar.stop()
+
+    def _step(self, event: Stepped) -> None:
+        metrics = event.metrics
+        shown: dict[str, Any] = {
+            "loss": f"{metrics['loss']:.4f}",
+            "speed": f"{metrics['tokens_per_second']:.0f}",
+        }
+        if self._task is None:
+            self._task = self._bar.add_task(
+                "train", total=self._total, completed=event.progress.step - 1, **shown
+            )
+            self._bar.start()
+        self._bar.update(self._task, completed=event.progress.step, **shown)
+        if not console.is_terminal:
+            total = self._total
+            console.print(
+                f"step {event.progress.step}/{total} loss {shown['loss']} {shown['speed']} tokens/s"
+            )
+
+
+def print_record(record: RunRecord) -> None:
+    """What a run came to."""
+    rows = [
+        ("ended", record.finished),
+        ("time", f"{duration(record.timing.seconds)}, {record.timing.tokens_per_second:.0f} tokens/s"),
+        (
+            "memory at its peak",
+            f"{size(record.memory.peak_bytes)} (estimated {size(record.memory.predicted_bytes)})",
+        ),
+        ("adapter", f"{size(record.adapter.file_bytes)} beside a base of {size(record.base.stored_bytes)}"),
+        ("base unchanged", f"verified: {record.proof.tensors} tensors, {record.proof.after[:23]}..."),
+    ]
+    if record.before and record.after:
+        rows.insert(1, ("held-out loss", f"{record.before.loss:.4f} -> {record.after.loss:.4f}"))
+        if record.before.exact_match is not None and record.after.exact_match is not None:
+            change = f"{record.before.exact_match:.0%} -> {record.after.exact_match:.0%}"
+            rows.insert(2, ("exact match", f"{change} of {len(record.samples)} held-out answers"))
+    console.print(table("result", rows))

@@ -1,0 +1,43 @@
+"""`onebase train`: train with a screen; Ctrl-C finishes the step, saves, and exits with 130."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from onebase.cli.screen import TrainingScreen, console, notes, print_record
+from onebase.training.run import train
+
+
+def run(options: dict[str, Any]) -> int:
+    """Train; returns 130 where the run was interrupted, else 0."""
+    with TrainingScreen() as screen, _stoppable() as stop:
+        result = train(None, screen, lambda: bool(stop), **options)
+    if result.record is None:
+        again = f"onebase train --output {result.folder} --resume"
+        notes.print(f"interrupted at step {result.progress.step}, saved; go on with: {again}", soft_wrap=True)
+        return 130
+    print_record(result.record)
+    console.print(f"adapter and report: {result.folder}/report.html", highlight=False, soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def _stoppable() -> Generator[list[int]]:
+    """A list that gets an entry on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        notes.print("finishing this step and saving; Ctrl-C again stops at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""How options work: a field of a frozen dataclass is a Python keyword, a YAML key and a flag at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, TypeVar, cast, get_type_hints
+
+from onebase.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; `default` may be a zero-argument factory such as `list`."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def require(name: str, value: object, ok: bool, wanted: str) -> None:
+    """Raise ConfigError that an option must be `wanted`, unless it is ok."""
+    if not ok:
+        raise ConfigError(f"option {name}={value!r}", f"must be {wanted}")
+
+
+def pairs(name: str, value: Mapping[str, Any] | str, convert: Callable[[str], Any]) -> dict[str, Any]:
+    """`a=b,c=d` or a mapping, as a dict with converted values."""
+    if isinstance(value, str):
+        items = [part.partition("=") for part in value.split(",") if part]
+        for key, equals, text in items:
+            require(
+                name, value, bool(key and equals and text), "pairs such as prompt=question,completion=answer"
+            )
+        value = {key.strip(): text.strip() for key, _, text in items}
+    try:
+        return {str(key): convert(item) for key, item in value.items()}
+    except ValueError as error:
+        raise ConfigError(f"option {name}={value!r}", str(error)) from error
+
+
+def names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    """A list of names, or one string of comma-separated names, as a tuple."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = value.split(",")
+    return tuple(part.strip() for part in value if part.strip())
+
+
+def assign(config: object, **values: object) -> None:
+    """Set fields of a frozen dataclass, from its __post_init__."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def flat_options(config_type: type) -> dict[str, tuple[Any, Any, str]]:
+    """All options of a config dataclass and of the ones inside it: name -> (type, default, help)."""
+    return _flat_options(config_type())
+
+
+def _flat_options(default: Any) -> dict[str, tuple[Any, Any, str]]:
+    options: dict[str, tuple[Any, Any, str]] = {}
+    hints = get_type_hints(type(default))
+    for item in dataclasses.fields(default):
+        value = getattr(default, item.name)
+        if dataclasses.is_dataclass(value):
+            inner = _flat_options(value)
+            assert not options.keys() & inner.keys(), "an option is declared twice"
+            options |= inner
+        else:
+            plain = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+            options[item.name] = (hints[item.name], plain, item.metadata["help"])
+    return options
+
+
+def build(config_type: type[T], options: Mapping[str, Any]) -> T:
+    """Make a config from flat options; an unknown name is a ConfigError with the nearest valid ones."""
+    known = flat_options(config_type)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name}", "no such option", nearest(name, known))
+    return _replaced(config_type(), options)
+
+
+def _replaced(default: Any, options: Mapping[str, Any]) -> Any:
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(default):
+        value = getattr(default, item.name)
+        if dataclasses.is_dataclass(value):
+            values[item.name] = _replaced(value, options)
+        elif item.name in options:
+            values[item.name] = options[item.name]
+    return dataclasses.replace(default, **values)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The flat options of a config, as JSON-ready values: `build(type(c), flatten(c)) == c`."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            values |= flatten(value)
+        else:
+            values[item.name] = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+    return values
