@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from onebase.training.record import RunRecord, Sample
+from onebase.training.record import SHOWN_SAMPLES, RunRecord, Sample
 from onebase.training.report import changes, count, options, plain, size
 
 TAGS = ["lora", "onebase"]
@@ -35,7 +35,7 @@ def model_card(record: RunRecord) -> str:
         _gates(record),
         "## Results",
         _results(record),
-        *(_sample(sample) for sample in record.samples),
+        *(_sample(sample) for sample in record.samples[:SHOWN_SAMPLES]),
         "## Settings",
         _settings(record.settings),
         "## Base",

@@ -16,6 +16,8 @@ from onebase.files import write_text
 
 Event = dict[str, Any]
 
+SHOWN_SAMPLES = 8  # in report and card; a run may have scored more
+
 
 def json_ready(value: Any) -> Any:
     """`value` as JSON can hold it: tuples become lists; NaN and infinity, which JSON lacks, become null."""

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from onebase.config import GATES, TrainConfig, flatten
 from onebase.files import write_text
 from onebase.training.curves import as_svg, draw_curves
-from onebase.training.record import Memory, RunRecord, Score
+from onebase.training.record import SHOWN_SAMPLES, Memory, RunRecord, Score
 
 TEMPLATE = "report.html.j2"
 
@@ -52,6 +52,7 @@ def write_report(record: RunRecord, metrics: Sequence[Mapping[str, Any]], path: 
         changes=changes(record.before, record.after),
         options=options(record.settings),
         gates=GATES,
+        shown=SHOWN_SAMPLES,
         curves=_curves(metrics),
         memory=memory_verdict(record.memory),
     )
