@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def train(
         listener(plan)
     _open_folder(folder, config)
     with torch.random.fork_rng():
-        return _train(base, config, ready, plan, _Start(folder, snapshot, facts), listener, stop)
+        return _train(_Job(base, config, ready, plan, folder, snapshot, facts), listener, stop)
 
 
 def read_config(options: Mapping[str, Any]) -> TrainConfig:
@@ -161,65 +161,66 @@ def _open_folder(folder: Path, config: TrainConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Start:
+class _Job:
+    base: Base
+    config: TrainConfig
+    ready: Prepared
+    plan: Plan
     folder: Path
-    snapshot: Snapshot | None
+    snapshot: Snapshot | None  # where a resumed run goes on
     facts: Mapping[str, Any]
 
 
-def _train(
-    base: Base,
-    config: TrainConfig,
-    ready: Prepared,
-    plan: Plan,
-    start: _Start,
-    listener: Listener | None,
-    stop: Callable[[], bool],
-) -> Run:
-    torch.manual_seed(config.seed)
+def _train(job: _Job, listener: Listener | None, stop: Callable[[], bool]) -> Run:
+    torch.manual_seed(job.config.seed)
+    model = job.base.model
     started = time.perf_counter()
-    before = tensor_digests(base_tensors(base.model))
+    digests = tensor_digests(base_tensors(model))
     hashing = time.perf_counter() - started
-    origin = Origin(base.name, base.fingerprint, TASKS.get(base.kind, ""), ready.data.form.as_dict())
-    adapter = (
-        start.snapshot.adapter
-        if start.snapshot
-        else adapter_for(base.model, ready.coverage, config.lora, config.seed, origin)
-    )
-    progress = start.snapshot.progress if start.snapshot else Progress()
-    inject(base.model, adapter, NAME)
+    inject(model, _first_adapter(job), NAME)
     try:
-        session = _session(base, config, ready, start)
-        with use(base.model, NAME), packing(base, ready.packing == "packed"):
-            ended = _drive(session, progress, config, listener, stop)
-        if ended.reason == "interrupted":
-            return Run(start.folder, ended.reason, ended.progress)
+        session = _session(job)
+        progress = job.snapshot.progress if job.snapshot else Progress()
+        with use(model, NAME), packing(job.base, job.ready.packing == "packed"):
+            ended = _drive(session, progress, job.config, listener, stop)
     finally:
-        eject(base.model, [NAME])
-    outcome = Outcome(config, ready, plan, ended, before, hashing)
-    adapter, record = finish(base, start.folder, outcome)
-    return Run(start.folder, ended.reason, ended.progress, adapter, record)
+        eject(model, [NAME])
+    if ended.reason == "interrupted":
+        return Run(job.folder, ended.reason, ended.progress)
+    adapter, record = finish(
+        job.base, job.folder, Outcome(job.config, job.ready, job.plan, ended, digests, hashing)
+    )
+    return Run(job.folder, ended.reason, ended.progress, adapter, record)
 
 
-def _session(base: Base, config: TrainConfig, ready: Prepared, start: _Start) -> Session:
-    parameters = trainable(base.model, NAME)
+def _first_adapter(job: _Job) -> Adapter:
+    """The checkpoint's adapter in a resumed run, else a fresh one."""
+    if job.snapshot:
+        return job.snapshot.adapter
+    task, form = TASKS.get(job.base.kind, ""), job.ready.data.form
+    origin = Origin(job.base.name, job.base.fingerprint, task, form.as_dict())
+    return adapter_for(job.base.model, job.ready.coverage, job.config.lora, job.config.seed, origin)
+
+
+def _session(job: _Job) -> Session:
+    config, parameters = job.config, trainable(job.base.model, NAME)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, config.optim)
-    if start.snapshot:
-        restore_optimizer(optimizer, parameters, start.snapshot.tensors)
-        checkpoint.restore_random(start.snapshot.tensors)
+    if job.snapshot:
+        restore_optimizer(optimizer, parameters, job.snapshot.tensors)
+        checkpoint.restore_random(job.snapshot.tensors)
     return Session(
-        model=base.model,
+        model=job.base.model,
         parameters=parameters,
         optimizer=optimizer,
-        train_rows=ready.data.train_rows.rows,
-        valid_rows=ready.data.valid_rows.rows,
-        batcher=ready.batcher,
+        train_rows=job.ready.data.train_rows.rows,
+        valid_rows=job.ready.data.valid_rows.rows,
+        batcher=job.ready.batcher,
         config=config.optim,
         seed=config.seed,
-        folder=start.folder,
-        facts=start.facts,
+        folder=job.folder,
+        facts=job.facts,
         check_unused="unused-adapter" not in config.data.allowed,
     )
 
@@ -235,7 +236,7 @@ def _drive(
     metrics = MetricsFile(session.folder / METRICS)
     metrics.truncate_after(progress.step if progress.step else -1)
     with open_loggers(config.log, session.folder, flatten(config), progress.step + 1) as loggers:  # pyright: ignore[reportArgumentType]
-        for event in _events(session, progress, stop):
+        for event in run_loop(session, progress, stop):
             if isinstance(event, Stepped | Evaluated):
                 metrics.append(event.metrics)
                 loggers.log(event.metrics, event.progress.step)
@@ -244,7 +245,3 @@ def _drive(
             if isinstance(event, Finished):
                 return event
     raise AssertionError("the loop ends with Finished")
-
-
-def _events(session: Session, progress: Progress, stop: Callable[[], bool]) -> Iterator[Event]:
-    yield from run_loop(session, progress, stop)
