@@ -26,7 +26,8 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, whether it exists or not."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -52,7 +53,7 @@ def atomic_file(path: str | Path) -> Generator[Path]:
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def atomic_folder(path: str | Path) -> Generator[Path]:
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -87,7 +88,7 @@ def _swap(temporary: Path, target: Path) -> None:
     except OSError:
         old.rename(target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -102,21 +102,25 @@ def run_loop(session: Session, progress: Progress, stop: Callable[[], bool]) -> 
     if progress.step == 0 and session.valid_rows:
         yield (event := _evaluate(session, progress))
         progress = event.progress
-    while progress.step < total:
+    while progress.step < total and not _given_up(progress, config):
         event = _step(session, progress)
         progress = event.progress
         yield event
         if session.valid_rows and _due(progress.step, config.eval_every or session.epoch_steps, total):
             yield (event := _evaluate(session, progress))
             progress = event.progress
-        wanted, early = stop(), bool(config.patience) and progress.worse >= config.patience
+        wanted, early = stop(), _given_up(progress, config)
         every = config.save_every or config.eval_every or session.epoch_steps
         if wanted or early or progress.best_step == progress.step or _due(progress.step, every, total):
             yield Saved(progress, checkpoint.save(session.folder, _snapshot(session, progress), config.keep))
-        if (wanted and progress.step < total) or early:
-            yield Finished(progress, "interrupted" if wanted else "early")
+        if wanted and not early and progress.step < total:
+            yield Finished(progress, "interrupted")
             return
-    yield Finished(progress, "completed")
+    yield Finished(progress, "completed" if progress.step == total else "early")
+
+
+def _given_up(progress: Progress, config: OptimConfig) -> bool:
+    return bool(config.patience) and progress.worse >= config.patience
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from onebase.adapter import Adapter, Origin
 from onebase.config import TrainConfig, build, flatten
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.evaluation import packing
-from onebase.files import write_text
+from onebase.files import remove, write_text
 from onebase.injection import adapter_for, base_tensors, eject, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.fingerprint import tensor_digests
@@ -30,7 +29,22 @@ from onebase.training.plan import Plan, make_plan
 from onebase.training.prepare import Prepared, prepare
 from onebase.training.record import MetricsFile, RunRecord
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+OPTIONS, METRICS = "train.yaml", "metrics.jsonl"
+
+# What a run puts into its folder: the only names that --overwrite deletes.
+RUN_FILES = (
+    OPTIONS,
+    METRICS,
+    checkpoint.FOLDER,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "onebase.json",
+    "run.json",
+    "report.html",
+    "curves.png",
+    "README.md",
+    "tensorboard",
+)
 TASKS = {"causal": "CAUSAL_LM"}
 
 # What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
@@ -98,13 +112,13 @@ def read_config(options: Mapping[str, Any]) -> TrainConfig:
 
 
 def _stored_options(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = folder / OPTIONS
     if not path.is_file():
-        raise MissingFile(f"resume {folder}", f"no {CONFIG} there, so no run to resume")
+        raise MissingFile(f"resume {folder}", f"no {OPTIONS} there, so no run to resume")
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise FormatError(f"resume {folder}", f"its {CONFIG} is broken: {error}") from error
+        raise FormatError(f"resume {folder}", f"its {OPTIONS} is broken: {error}") from error
 
 
 def _claim(config: TrainConfig) -> Path:
@@ -114,7 +128,7 @@ def _claim(config: TrainConfig) -> Path:
         raise OutputExists(f"output {folder}", "it is a file")
     if not folder.is_dir() or not any(folder.iterdir()) or config.resume:
         return folder
-    if not (folder / CONFIG).is_file():
+    if not (folder / OPTIONS).is_file():
         raise OutputExists(
             f"output {folder}", "it is not empty and holds no run", hint="choose another folder"
         )
@@ -154,10 +168,13 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _open_folder(folder: Path, config: TrainConfig) -> None:
-    if config.overwrite and folder.is_dir():
-        shutil.rmtree(folder)
-    if not config.resume:
-        write_text(folder / CONFIG, yaml.safe_dump({**flatten(config), "overwrite": False}, sort_keys=False))
+    """Make the folder ready: a run to be overwritten goes, and so does what a kill left half-written."""
+    for name in RUN_FILES if config.overwrite else ():
+        remove(folder / name)
+    for leftover in [*folder.glob(".*.tmp"), *(folder / checkpoint.FOLDER).glob(".*.tmp")]:
+        remove(leftover)
+    if not (config.resume and (folder / OPTIONS).is_file()):
+        write_text(folder / OPTIONS, yaml.safe_dump({**flatten(config), "overwrite": False}, sort_keys=False))
 
 
 @dataclass(frozen=True)
