@@ -74,7 +74,15 @@ class Adapter:
         return (
             facts[0] == facts[1]
             and mine.keys() == theirs.keys()
-            and all(t.dtype == theirs[n].dtype and torch.equal(t, theirs[n]) for n, t in mine.items())
+            and all(_same_bits(tensor, theirs[name]) for name, tensor in mine.items())
         )
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  # holds tensors: compared, never hashed
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in dtype, shape and every bit: unlike torch.equal, -0.0 is not 0.0 and a NaN equals itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)

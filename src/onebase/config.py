@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onebase.errors import ConfigError, nearest
-from onebase.options import assign, build, flatten, names, opt, pairs, require
+from onebase.options import assign, build, flatten, names, opt, pairs, require, require_pattern
 
 __all__ = ["build", "flatten"]
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
+SEEDS = 1 << 63
+LOGGERS = ("tensorboard", "wandb", "trackio")
 
 # Checks that stop a run before its first step; `--allow NAME` lets a run pass one of them.
 GATES: dict[str, str] = {
@@ -79,6 +81,11 @@ class LoraConfig:
         require("target_modules", "", bool(self.target_modules or self.modules_to_save), "at least one name")
         for name, rank in self.ranks.items():
             require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
+        for name, alpha in self.alphas.items():
+            finite = math.isfinite(alpha) and alpha != 0
+            require("alpha_pattern", f"{name}={alpha}", finite, "a finite number other than 0")
+        for pattern in (*self.ranks, *self.alphas):
+            require_pattern(f"({pattern})")
         parse_layers(self.layers)
 
     # The fields accept what a user types; these give what __post_init__ made of it.
@@ -97,6 +104,7 @@ class LoraConfig:
 
 def _targets(value: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
     if isinstance(value, str) and (value == ALL_LINEAR or value.startswith(REGEX_PREFIX)):
+        require_pattern(value.removeprefix(REGEX_PREFIX))
         return value
     return names(value)
 
@@ -246,17 +254,21 @@ class TrainConfig:
         "auto", "the base's dtype; auto measures which is faster here"
     )
     samples: int = opt(4, "held-out rows whose answers before and after go into the report")
-    log: str | list[str] = opt(list, "extra loggers: tensorboard, wandb, trackio")
+    log: str | list[str] = opt(list, "extra loggers: " + ", ".join(LOGGERS))
     lora: LoraConfig = opt(LoraConfig, "")
     data: DataConfig = opt(DataConfig, "")
     optim: OptimConfig = opt(OptimConfig, "")
 
     def __post_init__(self) -> None:
+        require("seed", self.seed, 0 <= self.seed < SEEDS, "0 or more, and below 2^63")
         require("samples", self.samples, self.samples >= 0, "0 or more")
         require(
             "dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"
         )
         assign(self, log=names(self.log))
+        for name in self.log:
+            if name not in LOGGERS:
+                raise ConfigError(f"option log={name}", "no logger of that name", nearest(name, LOGGERS))
         if self.resume and self.overwrite:
             raise ConfigError(
                 "options resume and overwrite", "contradict each other: one keeps the run, one deletes it"
@@ -275,6 +287,7 @@ class Sampling:
     batch_size: int = opt(16, "prompts in one batch")
 
     def __post_init__(self) -> None:
+        require("seed", self.seed, 0 <= self.seed < SEEDS, "0 or more, and below 2^63")
         require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         require("temperature", self.temperature, self.temperature >= 0, "0 or more")
         require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")

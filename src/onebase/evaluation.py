@@ -99,15 +99,21 @@ def evaluate(
             loss, tokens = mean_loss(base.model, encoded.rows, make, 16)
         if sampling is None:
             return Scores(loss, tokens)
-        form = format_of(base, adapter) if adapter else PromptFormat.of(config, examples)
+        known = adapter is not None and adapter.origin.prompt
+        form = format_of(base, adapter) if known else PromptFormat.of(config, examples)
         return score_answers(base, examples, form, sampling, Scores(loss, tokens))
 
 
 def score_answers(
     base: Base, examples: Sequence[Example], form: PromptFormat, sampling: Sampling, so_far: Scores
 ) -> Scores:
-    """`so_far` with the scores of the answers that the chosen adapter gives, one for each distinct prompt."""
+    """`so_far` with the scores of the answers that the chosen adapter gives, one for each distinct prompt.
+
+    Text rows have no prompt: where there are no others, `so_far` as it is.
+    """
     references = grouped_references(examples)
+    if not references:
+        return so_far
     firsts = [group[0][0] for group in references]
     given = answers(base, firsts, form, sampling)
     texts = [[text for _, text in group] for group in references]
@@ -129,8 +135,6 @@ def grouped_references(examples: Sequence[Example]) -> list[list[tuple[Example, 
 
 def text_scores(given: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float]:
     """(exact match in [0, 1], BLEU, chrF) of one answer for each list of references."""
-    if not given:
-        return 0.0, 0.0, 0.0
     wanted = [{text.strip() for text in texts} for texts in references]
     exact = sum(a.strip() in w for a, w in zip(given, wanted, strict=True)) / len(given)
     width = max(map(len, references))

@@ -30,7 +30,7 @@ from onebase.errors import (
 )
 from onebase.files import atomic_file, atomic_folder, write_text
 from onebase.injection import base_tensors, fit_problems
-from onebase.peft_config import from_peft, is_refused, saved_modules, target_spec, to_peft
+from onebase.peft_config import from_peft, is_refused, saved_modules, target_spec, to_peft, type_problems
 from onebase.targets import adaptable, match, name_matches, pattern_value, spec_matches, split_path
 from onebase.variants import scaling
 
@@ -63,7 +63,9 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
     origin = adapter.origin
     metadata = {"format": "pt", "onebase.base": origin.base, "onebase.base_fingerprint": origin.fingerprint}
     with atomic_file(folder / TENSORS) as temporary:
-        tensors = {name: tensor.contiguous() for name, tensor in _to_peft_tensors(adapter).items()}
+        # Copies, as safetensors refuses tensors that share memory and views that are not contiguous.
+        layout = torch.contiguous_format
+        tensors = {n: t.clone(memory_format=layout) for n, t in _to_peft_tensors(adapter).items()}
         try:
             save_file(tensors, str(temporary), metadata)
         except SafetensorError as error:  # a full disk, for example
@@ -174,9 +176,15 @@ def read_stored(folder: str | Path) -> Stored:
     raw = _read_config(folder)
     tensors, metadata = _read_tensors(folder)
     sidecar = _read_sidecar(folder, metadata)
+    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not _widens(t)]
+    if odd_types:
+        raise _broken(folder, odd_types)
     problems = _tensor_problems(tensors)
     lows, full, copies, odd = _sort_tensors(tensors, saved_modules(raw))
     problems += odd
+    if not lows and not full:
+        problems.append("it holds no adapter tensor at all")
+        raise _broken(folder, problems)
     try:
         config = from_peft(raw, sorted(lows))
     except ConfigError as error:
@@ -199,11 +207,13 @@ def read_stored(folder: str | Path) -> Stored:
                 "embedding" if "embedding" in sides else "conv1d" if raw.get("fan_in_fan_out") else "linear"
             )
             lowrank[path] = LowRank(a, b, scaling(rank, alpha, config.rslora), kind)
-    if not lowrank and not full and not problems:
-        problems.append("it holds no adapter tensor at all")
     if problems:
-        raise FormatError(f"adapter {folder} is broken", "\n  " + "\n  ".join(problems))
+        raise _broken(folder, problems)
     return Stored(Adapter(config, lowrank, full, _origin(raw, sidecar, metadata)), raw, copies)
+
+
+def _broken(folder: Path, problems: list[str]) -> FormatError:
+    return FormatError(f"adapter {folder} is broken", "\n  " + "\n  ".join(problems))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -219,8 +229,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(
             f"adapter {folder} uses settings that onebase does not compute", ", ".join(unknown), hint=hint
         )
-    if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
-        raise FormatError(f"{folder / CONFIG}", "r and lora_alpha must be numbers")
+    if problems := type_problems(raw):
+        raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
     return raw
 
 
@@ -232,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise MissingFile(f"read {path}", found)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"read {path}", f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"read {path}", f"a JSON object was expected, found {type(value).__name__}")
@@ -245,23 +255,26 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
         raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
-    with path.open("rb") as file:
-        magic = file.read(2)
-    if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise FormatError(f"read {path}", "a pickle under a safetensors name, which onebase never loads")
     try:
         with safe_open(str(path), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(
-            f"read {path}", f"broken or cut short ({path.stat().st_size} bytes): {error}"
-        ) from error
+        # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+        found = f"broken or cut short ({path.stat().st_size} bytes): {error}"
+        if pickled:
+            found = "a pickle under a safetensors name, which onebase never loads"
+        raise FormatError(f"read {path}", found) from error
 
 
 def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not (folder / SIDECAR).is_file():
         return {}
     sidecar = _read_json(folder / SIDECAR)
+    odd = [name for name in ("base", "prompt", "training") if not isinstance(sidecar.get(name, {}), dict)]
+    if odd:
+        raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
     recorded, inside = (
         sidecar.get("base", {}).get("fingerprint", ""),
         metadata.get("onebase.base_fingerprint", ""),
@@ -272,11 +285,12 @@ def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return sidecar
 
 
+def _widens(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize <= 4
+
+
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    not_float = [f"{name}: dtype {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]
-    return not_float or [
-        f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.isfinite().all()
-    ]
+    return [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.float().isfinite().all()]
 
 
 def _sort_tensors(

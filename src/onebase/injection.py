@@ -6,7 +6,6 @@ import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,11 @@ from onebase.layers import (
     LoraLayer,
     Selection,
     TrainedModule,
+    Wrapper,
+    bare,
     base_modules,
     kind_of,
+    walk,
 )
 from onebase.targets import Coverage, Target, match, name_matches
 from onebase.variants import start
@@ -54,9 +56,11 @@ def adapter_for(
 ) -> Adapter:
     """A fresh adapter for targets that were matched before."""
     low = {
-        t.path: start(t.path, t.shape, t.scale, t.rank, config.init, t.kind, seed) for t in coverage.targets
+        t.path: LowRank(*start(t.path, t.shape, t.rank, config.init, t.kind, seed), t.scale, t.kind)
+        for t in coverage.targets
     }
-    full = {path: _wide_state(model.get_submodule(path)) for path in coverage.full}
+    modules = dict(base_modules(model))
+    full = {path: _wide_state(modules[path]) for path in coverage.full}
     names = _names_for(model, coverage.targets)
     resolved = replace(
         config, target_modules=names, exclude_modules=(), layers="", modules_to_save=coverage.full
@@ -65,9 +69,7 @@ def adapter_for(
 
 
 def _wide_state(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().to(torch.float32, copy=True) for name, tensor in module.state_dict().items()
-    }
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in base_tensors(module)}
 
 
 def _names_for(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
@@ -88,13 +90,14 @@ def _cards(model: nn.Module) -> dict[str, _Card]:
 
 
 def _replace(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each twin wherever its module stands: one that is shared stands in several places."""
+    """Put each module's twin, or its twin's twin, wherever the module stands: a shared one in several places."""
     for parent in list(model.modules()):
-        if isinstance(parent, LoraLayer | TrainedModule):
-            continue
         for name, child in list(parent._modules.items()):  # pyright: ignore[reportPrivateUsage]  # named_children skips doubles
-            if child is not None and child in twins:
-                setattr(parent, name, twins[child])
+            new = child
+            while new is not None and new in twins:
+                new = twins[new]
+            if new is not child:
+                setattr(parent, name, new)
 
 
 def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
@@ -109,13 +112,12 @@ def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Modu
     if problems:
         shown = [*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         raise BaseMismatch(f"adapter {name!r} does not fit this base", "\n  " + "\n  ".join(shown))
-    modules = dict(base_modules(model))
-    _replace(model, {modules[p]: _wrap_lora(modules[p]) for p in adapter.lowrank if not _wrapped(model, p)})
-    _replace(model, {modules[p]: _wrap_full(modules[p]) for p in adapter.full if not _wrapped(model, p)})
-    for path, low in adapter.lowrank.items():
-        cast("LoraLayer", model.get_submodule(path)).add(name, low, adapter.config.dropout)
-    for path, state in adapter.full.items():
-        cast("TrainedModule", model.get_submodule(path)).add(name, _stand_in(modules[path], state))
+    _wrap(model, adapter)
+    for path, wrapper in _wrappers(model):
+        if isinstance(wrapper, LoraLayer) and path in adapter.lowrank:
+            wrapper.add(name, adapter.lowrank[path], adapter.config.dropout)
+        elif isinstance(wrapper, TrainedModule) and path in adapter.full:
+            wrapper.add(name, _stand_in(bare(wrapper), adapter.full[path]))
     model.__dict__[_ATTRIBUTE] = _cards(model) | {name: _Card(adapter.config, adapter.origin)}
     return model
 
@@ -148,24 +150,31 @@ def _low_problem(module: nn.Module | None, path: str, low: LowRank) -> str:
     )
 
 
-def _wrapped(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), LoraLayer | TrainedModule)
+def _wrap(model: nn.Module, adapter: Adapter) -> None:
+    """Wrap what the adapter touches and nothing has wrapped yet: an update inside, a stand-in around it."""
+    layers = {
+        module: LoraLayer(module, kind).train(module.training)
+        for path, module, around in walk(model)
+        if path in adapter.lowrank and not _has(around, LoraLayer) and (kind := kind_of(module))
+    }
+    _replace(model, layers)
+    stands = {
+        outer: TrainedModule(outer).train(outer.training)
+        for path, module, around in walk(model)
+        if path in adapter.full and not _has(around, TrainedModule)
+        for outer in (around or (module,))[:1]
+    }
+    _replace(model, stands)
 
 
-def _wrap_lora(module: nn.Module) -> LoraLayer:
-    kind = kind_of(module)
-    assert kind is not None, "fit_problems checked this"
-    return LoraLayer(module, kind).train(module.training)
-
-
-def _wrap_full(module: nn.Module) -> TrainedModule:
-    return TrainedModule(module).train(module.training)
+def _has(around: Sequence[Wrapper], kind: type[Wrapper]) -> bool:
+    return any(isinstance(wrapper, kind) for wrapper in around)
 
 
 def _stand_in(base: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     twin = copy.deepcopy(base).to(torch.float32)
     _replace(twin, {wrapper: wrapper.base for _, wrapper in _wrappers(twin)})
-    twin.load_state_dict(state)
+    twin.load_state_dict(state, strict=False)  # fit_problems compared the names; tied ones come once
     return twin
 
 
@@ -181,8 +190,13 @@ def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def _wrappers(model: nn.Module) -> list[tuple[str, LoraLayer | TrainedModule]]:
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer | TrainedModule)]
+def _wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
+    """Every wrapper once, under its module's first path in the base."""
+    found: dict[Wrapper, str] = {}
+    for path, _, around in walk(model):
+        for wrapper in around:
+            found.setdefault(wrapper, path)
+    return [(path, wrapper) for wrapper, path in found.items()]
 
 
 def _require(model: nn.Module, name: str) -> None:
@@ -203,7 +217,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
             here = slot.low()
             low[path] = here._replace(A=here.A.detach().cpu().clone(), B=here.B.detach().cpu().clone())
         elif isinstance(module, TrainedModule) and (twin := module.copy(name)) is not None:
-            full[path] = {key: t.detach().cpu().clone() for key, t in twin.state_dict().items()}
+            full[path] = {key: t.cpu().clone() for key, t in base_tensors(twin)}
     return Adapter(card.config, low, full, card.origin)
 
 
@@ -215,8 +229,8 @@ def eject(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         for _, module in _wrappers(model):
             if (module.slot(name) if isinstance(module, LoraLayer) else module.copy(name)) is not None:
                 module.remove(name)
-    bare = [m for _, m in _wrappers(model) if not len(m.slots if isinstance(m, LoraLayer) else m.copies)]
-    _replace(model, {module: module.base for module in bare})
+    idle = [m for _, m in _wrappers(model) if not len(m.slots if isinstance(m, LoraLayer) else m.copies)]
+    _replace(model, {module: module.base for module in idle})
     left = {name: card for name, card in _cards(model).items() if name not in names}
     model.__dict__.pop(_ATTRIBUTE, None)
     if left:
@@ -272,11 +286,9 @@ def adapter_dropout(model: nn.Module) -> Generator[None]:
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters and persistent buffers under their own names, adapters or not; tied ones once."""
-    wrappers = {path + ".": path for path, _ in _wrappers(model)}
     seen: set[int] = set()
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        prefix = next((p for p in wrappers if key.startswith(p)), "")
-        if id(tensor) in seen or (prefix and not key.startswith(prefix + "base.")):
-            continue
-        seen.add(id(tensor))
-        yield prefix + key.removeprefix(prefix + "base.") if prefix else key, tensor.detach()
+    for path, module in base_modules(model):
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if "." not in name and id(tensor) not in seen:  # a dot: it belongs to a module inside this one
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, tensor.detach()

@@ -229,15 +229,31 @@ def _call_wide(copy: nn.Module, x: Tensor) -> Tensor:
     return copy(x.float() if x.is_floating_point() else x)
 
 
+Wrapper = LoraLayer | TrainedModule
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The base's own module inside the wrappers around it."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, tuple[Wrapper, ...]]]:
+    """(path, module, the wrappers around it from the outside in), with paths as they are without adapters.
+
+    Parents come before their children; a module that is shared comes under each of its paths.
+    """
+    around: list[Wrapper] = []
+    while isinstance(module, Wrapper):
+        around.append(module)
+        module = module.base
+    yield path, module, tuple(around)
+    for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]  # named_children skips doubles
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) as they are without adapters; a module that is shared comes under each of its paths."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if inside and path.startswith(inside):
-            continue
-        if isinstance(module, LoraLayer | TrainedModule):
-            inside = (*inside, path + ".")
-            below = module.base.named_modules(remove_duplicate=False)
-            yield from ((f"{path}.{name}" if name else path, child) for name, child in below)
-        else:
-            yield path, module
+    return ((path, module) for path, module, _ in walk(model))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import field
-from typing import Any, TypeVar, cast, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeGuard, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from onebase.errors import ConfigError, nearest
 
 T = TypeVar("T")
+
+WANTED: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def opt(default: Any, help: str) -> Any:
@@ -25,6 +31,62 @@ def require(name: str, value: object, ok: bool, wanted: str) -> None:
         raise ConfigError(f"option {name}={value!r}", f"must be {wanted}")
 
 
+def fits(hint: Any, value: object) -> bool:
+    """Whether a value, such as JSON holds, is of a type. An int is a float too, a bool is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is UnionType:
+        return any(fits(one, value) for one in inner)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(
+            fits(inner[0], item) for item in cast("list[Any]", value)
+        )
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            fits(inner[1], item) for item in cast("Mapping[Any, Any]", value).values()
+        )
+    if hint is float:
+        return _is_number(value) and abs(value) <= sys.float_info.max  # False for NaN too
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def wanted(hint: Any) -> str:
+    """A type in words, for a message."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if hint in WANTED:
+        return WANTED[hint]
+    pairs = any(get_origin(one) is dict for one in get_args(hint))
+    return f"{'pairs such as q_proj=4' if pairs else 'names'}, with commas between them"
+
+
+def typed(name: str, hint: Any, value: Any) -> Any:
+    """A value as its option's type: text may spell a number (a flag, YAML's `1e-3`), a number may be a text.
+
+    Raises ConfigError that says what was wanted.
+    """
+    if hint in (int, float) and isinstance(value, str):
+        with suppress(ValueError):  # not a number: refused below
+            value = hint(value)
+    elif hint is str and fits(float, value):
+        value = str(value)
+    require(name, value, fits(hint, value), wanted(hint))
+    return float(value) if hint is float else value
+
+
+def require_pattern(pattern: str) -> None:
+    """Raise ConfigError where a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"pattern {pattern!r}", f"no regular expression: {error}") from error
+
+
 def pairs(name: str, value: Mapping[str, Any] | str, convert: Callable[[str], Any]) -> dict[str, Any]:
     """`a=b,c=d` or a mapping, as a dict with converted values."""
     if isinstance(value, str):
@@ -36,7 +98,7 @@ def pairs(name: str, value: Mapping[str, Any] | str, convert: Callable[[str], An
         value = {key.strip(): text.strip() for key, _, text in items}
     try:
         return {str(key): convert(item) for key, item in value.items()}
-    except ValueError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"option {name}={value!r}", str(error)) from error
 
 
@@ -76,12 +138,12 @@ def _flat_options(default: Any) -> dict[str, tuple[Any, Any, str]]:
 
 
 def build(config_type: type[T], options: Mapping[str, Any]) -> T:
-    """Make a config from flat options; an unknown name is a ConfigError with the nearest valid ones."""
+    """Make a config from flat options; Raises ConfigError for an unknown name or a wrong type."""
     known = flat_options(config_type)
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name}", "no such option", nearest(name, known))
-    return _replaced(config_type(), options)
+    return _replaced(config_type(), {name: typed(name, known[name][0], v) for name, v in options.items()})
 
 
 def _replaced(default: Any, options: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from onebase.adapter import Adapter
 from onebase.config import ALL_LINEAR, REGEX_PREFIX, LoraConfig, build
+from onebase.options import fits, require_pattern
 
 # PEFT settings that change the arithmetic and that onebase does not compute: any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -33,6 +34,32 @@ _HARMLESS = frozenset(
     "peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type "
     "use_rslora".split()
 )
+# Types of the settings that are read; PEFT writes null for what is not set.
+_TYPES: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float | None,
+    "target_modules": str | list[str] | None,
+    "exclude_modules": str | list[str] | None,
+    "modules_to_save": list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": str | list[str] | None,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "fan_in_fan_out": bool | None,
+    "base_model_name_or_path": str | None,
+    "task_type": str | None,
+}
+
+
+def type_problems(raw: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting whose value has a type that PEFT never writes."""
+    return [
+        f"{key}={raw.get(key)!r}: must be {getattr(hint, '__name__', hint)}"
+        for key, hint in _TYPES.items()
+        if not fits(hint, raw.get(key))
+    ]
 
 
 def to_peft(adapter: Adapter) -> dict[str, Any]:
@@ -111,6 +138,9 @@ def saved_modules(raw: Mapping[str, Any]) -> tuple[str, ...]:
 def from_peft(raw: Mapping[str, Any], paths: Sequence[str]) -> LoraConfig:
     """Our config for a PEFT one; `paths` are the modules that the file holds. Raises ConfigError."""
     spec = target_spec(raw)
+    for pattern in (spec.targets, spec.excluded):
+        if isinstance(pattern, str):
+            require_pattern(pattern.removeprefix(REGEX_PREFIX))
     options = {
         "rank": raw["r"],
         "alpha": raw["lora_alpha"],

@@ -13,7 +13,7 @@ from torch import nn
 from onebase.adapter import LayerKind
 from onebase.config import ALL_LINEAR, REGEX_PREFIX, LoraConfig, parse_layers
 from onebase.errors import TargetError, nearest
-from onebase.layers import KINDS, LoraLayer, TrainedModule, base_modules, kind_of
+from onebase.layers import KINDS, bare, base_modules, kind_of
 from onebase.variants import scaling
 
 V = TypeVar("V")
@@ -117,13 +117,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes the logits, where the model names it (transformers' get_output_embeddings)."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return (
-        head.base
-        if isinstance(head, LoraLayer | TrainedModule)
-        else head
-        if isinstance(head, nn.Module)
-        else None
-    )
+    return bare(head) if isinstance(head, nn.Module) else None
 
 
 def match(model: nn.Module, config: LoraConfig) -> Coverage:
@@ -156,9 +150,8 @@ def _matched(model: nn.Module, candidates: Mapping[str, LayerKind], config: Lora
     spec = config.target_modules
     if spec == ALL_LINEAR:
         head = output_head(model)
-        return [
-            p for p, kind in candidates.items() if kind != "embedding" and model.get_submodule(p) is not head
-        ]
+        modules = dict(base_modules(model))
+        return [p for p, kind in candidates.items() if kind != "embedding" and modules[p] is not head]
     if isinstance(spec, str):
         found = [p for p in candidates if spec_matches(spec, p)]
         if not found:

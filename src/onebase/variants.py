@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from onebase.adapter import LayerKind, LowRank
+from onebase.adapter import LayerKind
 
 Init = Callable[[int, int, torch.Generator], Tensor]
 """(rank, in features, generator) -> A of shape (rank, in)."""
@@ -35,9 +35,9 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 
 
 def start(
-    path: str, shape: tuple[int, int], scale: float, rank: int, init: str, kind: LayerKind, seed: int
-) -> LowRank:
-    """The update that a module starts with; B·A = 0, so the base's output does not change.
+    path: str, shape: tuple[int, int], rank: int, init: str, kind: LayerKind, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The A and B that a module starts with; B·A = 0, so the base's output does not change.
 
     `shape` is (in, out). Each module draws from a generator of its own, seeded by (seed, path), so that its
     start does not depend on which other modules are adapted. An embedding starts the other way round, A = 0
@@ -47,5 +47,5 @@ def start(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     features, out = shape
     if kind == "embedding":
-        return LowRank(torch.zeros(rank, features), torch.randn(out, rank, generator=generator), scale, kind)
-    return LowRank(INITS[init](rank, features, generator), torch.zeros(out, rank), scale, kind)
+        return torch.zeros(rank, features), torch.randn(out, rank, generator=generator)
+    return INITS[init](rank, features, generator), torch.zeros(out, rank)

@@ -1,6 +1,8 @@
 """Adapters go both ways between onebase and PEFT, with the same logits and the same gradients."""
 
 import copy
+import json
+import re
 import warnings
 
 import pytest
@@ -11,9 +13,11 @@ from safetensors.torch import load_file
 
 from adapters import every_kind, options_for, trained
 from onebase.config import LoraConfig
+from onebase.errors import FormatError
 from onebase.format import load_adapter, read_adapter, save_adapter
 from onebase.injection import injected, trainable
 from onebase.models.base import wrap_base
+from onebase.targets import match
 from tiny import CONFIGS, output, some_ids, tiny
 
 VARIANTS = ("lora", "rslora", "patterns")
@@ -41,6 +45,9 @@ def peft_loads(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.filterwarnings(
+            "ignore", message=".*tie_word_embeddings.*"
+        )  # the head stays on the base, as ours
         return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 
 
@@ -68,13 +75,51 @@ def test_peft_reads_what_we_save(arch, variant, tmp_path):
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_we_read_what_peft_saves(arch, variant, tmp_path):
     model, ids = tiny(arch), some_ids()
-    config = PeftConfig(target_modules="all-linear", **to_peft(options_for(arch, variant)))
+    # For a mixture PEFT's all-linear also adapts the experts' bare parameters, which is refused below.
+    targets = ["q_proj", "o_proj"] if arch == "mixtral" else "all-linear"
+    config = PeftConfig(target_modules=targets, **to_peft(options_for(arch, variant)))
     theirs = quiet_peft(copy.deepcopy(model), config).eval()
     shake(theirs)
     save_peft(theirs, tmp_path / "a")
     adapter = load_adapter(tmp_path / "a", wrap_base(model))
+    if targets == "all-linear":
+        assert {target.path for target in match(model, LoraConfig(rank=1)).targets} == adapter.lowrank.keys()
+    before = output(model, ids)
     with injected(model, adapter):
         torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
+    assert (before - output(theirs, ids)).abs().max() > 1e-2
+
+
+REFUSED = {
+    "use_dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "bias=": {"bias": "all"},
+    "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
+    "init_lora_weights='olora'": {"init_lora_weights": "olora"},
+    "target_parameters": {"target_parameters": ["mlp.experts.down_proj"]},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_we_do_not_compute_is_refused_by_name(setting, tmp_path):
+    """The config alone decides: beside it lies an adapter that would load."""
+    adapter = trained(tiny("llama"), LoraConfig(rank=2, target_modules="q_proj"))
+    save_adapter(adapter, tmp_path / "a")
+    assert read_adapter(tmp_path / "a") == adapter
+    PeftConfig(r=2, target_modules=["q_proj"], **REFUSED[setting]).save_pretrained(tmp_path / "a")
+    with pytest.raises(FormatError, match=re.escape(setting)):
+        read_adapter(tmp_path / "a")
+
+
+def test_a_config_with_every_default_of_peft_is_read(tmp_path):
+    adapter = trained(tiny("llama"), LoraConfig(rank=8, alpha=8, target_modules="q_proj"))
+    save_adapter(adapter, tmp_path / "a")
+    PeftConfig(target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
+    assert len(json.loads((tmp_path / "a" / "adapter_config.json").read_text())) > 30
+    assert read_adapter(tmp_path / "a").lowrank.keys() == adapter.lowrank.keys()
 
 
 SPECS = {
@@ -102,6 +147,11 @@ def test_every_way_to_name_targets(arch, spec, tmp_path):
         torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
     save_adapter(adapter, tmp_path / "ours")
     assert read_adapter(tmp_path / "ours") == adapter
+    mine, their = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft"))
+    assert mine.keys() <= their.keys()  # PEFT adds copies of base tensors where it suspects a new vocabulary
+    assert all("lora_" not in key for key in their.keys() - mine.keys())
+    assert all(torch.equal(tensor, their[key]) for key, tensor in mine.items())
+    assert (output(model, ids) - output(theirs, ids)).abs().max() > 1e-2
     torch.testing.assert_close(output(peft_loads(model, tmp_path / "ours"), ids), output(theirs, ids))
 
 
@@ -131,6 +181,9 @@ def test_gradients_agree(arch, tmp_path):
         path, side = name.rsplit(".", 1)
         (theirs_name,) = [n for n in their_grads if f"{path}.lora_" in n and f"_{side}.default" in n]
         torch.testing.assert_close(grad, their_grads[theirs_name], rtol=1e-4, atol=1e-7)
+        assert arch == "bert" or grad.abs().max() > 1e-5, (
+            name
+        )  # BERT's pooler takes no part in its hidden states
 
 
 def test_half_precision_files_are_widened_exactly(tmp_path):

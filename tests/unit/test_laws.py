@@ -8,9 +8,22 @@ import torch
 from torch import nn
 
 from adapters import VARIANTS, every_kind, options_for, trained
+from onebase.adapter import Origin
 from onebase.config import LoraConfig
 from onebase.errors import AdapterNameError, BaseMismatch
-from onebase.injection import adapter_names, base_tensors, eject, extract, inject, injected, new_adapter, use
+from onebase.format import read_adapter, save_adapter
+from onebase.injection import (
+    adapter_dropout,
+    adapter_names,
+    base_tensors,
+    eject,
+    extract,
+    inject,
+    injected,
+    new_adapter,
+    trainable,
+    use,
+)
 from onebase.layers import merged_weight
 from tiny import CAUSAL, CONFIGS, output, some_ids, tiny
 
@@ -22,6 +35,9 @@ def test_laws_2_3_5(arch, variant):
     before, weights = output(model, ids), {n: t.clone() for n, t in base_tensors(model)}
     modules = dict(model.named_modules())
     config = LoraConfig(**options_for(arch, variant))
+    assert {low.rank for low in trained(model, config).lowrank.values()} == (
+        {2, 4} if variant == "patterns" else {4}
+    )
     with injected(model, new_adapter(model, config)):
         assert torch.equal(output(model, ids), before)  # law 3: B = 0 changes nothing
     adapter = trained(model, config)
@@ -39,19 +55,65 @@ def test_laws_2_3_5(arch, variant):
     assert torch.equal(output(model, ids), before)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_law_1_output_is_that_of_the_effective_weight(arch):
+def test_law_1_output_is_that_of_the_effective_weight(arch, variant):
     """Tied embeddings are left out: there W stands in two places, and the update belongs to one of them."""
     model, ids = tiny(arch), some_ids()
     tied = getattr(model.config, "tie_word_embeddings", False) and arch != "bert"
-    config = LoraConfig(rank=3, alpha=5) if tied else every_kind(model)
+    config = LoraConfig(**options_for(arch, variant))
+    if not tied:
+        rank = 2 if arch == "bert" else config.rank  # BERT has an embedding of two rows
+        config = replace(config, rank=rank, target_modules=every_kind(model).target_modules)
     adapter = trained(model, config)
+    plain = output(model, ids)
     with injected(model, adapter):
         expected = output(model, ids)
+    assert (expected - plain).abs().max() > 1e-2
     for path, low in adapter.lowrank.items():
         weight = model.get_submodule(path).weight
         weight.data = merged_weight(weight.data, low).contiguous()
-    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+    assert (output(model, ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+ONE_FLAG = "PEFT's fan_in_fan_out is one flag for all: GPT-2's head, a Linear, is read back as a Conv1D"
+SAVED = [pytest.param(a, marks=pytest.mark.xfail(a == "gpt2", reason=ONE_FLAG, strict=True)) for a in CONFIGS]
+
+
+@pytest.mark.parametrize("arch", SAVED)
+def test_law_2_what_is_saved_is_read_back(arch, tmp_path):
+    model = tiny(arch)
+    full = ["lm_head"] if arch == "llama" else []
+    origin = Origin("some/base", "sha256:00", "CAUSAL_LM", {"chat": True, "system": "ü"}, {"loss": 0.5})
+    adapter = trained(
+        model, replace(every_kind(model), modules_to_save=full, rslora=arch == "gpt2", dropout=0.25)
+    )
+    adapter = replace(adapter, origin=origin)
+    save_adapter(adapter, tmp_path / "a")
+    read = read_adapter(tmp_path / "a")
+    assert read == adapter
+    inject(model, read, "a")
+    assert extract(model, "a") == adapter
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_law_5_an_optimiser_step_moves_the_adapter_and_nothing_else(arch):
+    model = tiny(arch)
+    adapter = trained(model, every_kind(model))
+    before = {name: tensor.clone() for name, tensor in base_tensors(model)}
+    inject(model, adapter, "a")
+    parameters = trainable(model, "a")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    with use(model, "a"), adapter_dropout(model):
+        result = model(input_ids=some_ids())
+        (result.logits if "logits" in result else result.pooler_output).square().sum().backward()
+    optimizer.step()
+    after = extract(model, "a").tensors()
+    assert [name for name, tensor in adapter.tensors().items() if torch.equal(tensor, after[name])] == []
+    assert all(p.grad is None for name, p in model.named_parameters() if ".slots." not in name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(model))
 
 
 @pytest.mark.parametrize("arch", ["llama-tied", "gpt2"])

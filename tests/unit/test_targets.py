@@ -6,7 +6,7 @@ from torch import nn
 from onebase.config import LoraConfig
 from onebase.errors import ConfigError, TargetError
 from onebase.injection import new_adapter
-from onebase.targets import match
+from onebase.targets import match, split_path
 from tiny import tiny
 
 
@@ -20,9 +20,52 @@ def test_all_linear_is_every_linear_layer_but_the_head():
     assert not any("lm_head" in path or "embed" in path for path in found)
 
 
-@pytest.mark.parametrize(("arch", "count"), [("gpt2", 8), ("phi3", 8), ("mixtral", 8), ("bert", 13)])
-def test_all_linear_on_other_architectures(arch, count):
-    assert len(paths(tiny(arch))) == count
+ATTENTION = {f"self_attn.{side}_proj" for side in "qkvo"}
+BERT_SELF = {f"attention.self.{name}" for name in ("query", "key", "value")}
+LINEARS = {
+    "gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
+    "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "mixtral": ATTENTION,
+    "bert": {*BERT_SELF, "attention.output.dense", "intermediate.dense", "output.dense"},
+}
+
+
+@pytest.mark.parametrize("arch", LINEARS)
+def test_all_linear_on_other_architectures(arch):
+    found = paths(tiny(arch))
+    inside = {(split_path(p)[1], split_path(p)[2]) for p in found if split_path(p)[1] is not None}
+    assert inside == {(layer, rest) for layer in (0, 1) for rest in LINEARS[arch]}
+    assert {p for p in found if split_path(p)[1] is None} == ({"pooler.dense"} if arch == "bert" else set())
+
+
+def test_names_and_patterns_match_whole_parts_of_a_path():
+    model = nn.ModuleDict(
+        {"q_proj": nn.Linear(4, 4), "xq_proj": nn.Linear(4, 4), "q_proj_2": nn.Linear(4, 4)}
+    )
+    assert paths(model, target_modules="q_proj") == ["q_proj"]
+    assert paths(model, target_modules="re:.*q_proj") == ["q_proj", "xq_proj"]
+    assert paths(model, exclude_modules="q_proj") == ["xq_proj", "q_proj_2"]
+    with pytest.raises(TargetError, match="no module is named proj"):
+        paths(model, target_modules="proj")
+    config = LoraConfig(rank=2, rank_pattern={"q_proj": 1, "x?q_proj": 3, "never|.*": 4})
+    assert [t.rank for t in match(model, config).targets] == [1, 3, 4]  # the first key that fits
+
+
+def test_layers_are_counted_in_each_stack():
+    def stack(layers):
+        return nn.ModuleList(nn.ModuleDict({name: nn.Linear(2, 2) for name in "ab"}) for _ in range(layers))
+
+    model = nn.ModuleDict({"enc": stack(3), "dec": stack(2), "out": nn.Linear(2, 2)})
+    assert paths(model, target_modules="a", layers="0,2") == ["enc.0.a", "enc.2.a", "dec.0.a"]
+    assert match(model, LoraConfig(rank=1, target_modules="a", layers="2")).uneven == ()
+    some = LoraConfig(rank=1, target_modules=r"re:enc\.[02]\.a|dec\..*\.b")
+    assert match(model, some).uneven == ("enc.*.a matches layers 0,2 of 0-2",)
+
+
+def test_modules_trained_in_full_carry_no_update():
+    coverage = match(tiny("llama"), LoraConfig(rank=2, modules_to_save="mlp,lm_head"))
+    assert coverage.full == ("model.layers.0.mlp", "model.layers.1.mlp", "lm_head")
+    assert {split_path(t.path)[2] for t in coverage.targets} == ATTENTION
 
 
 def test_names_regex_layers_and_exclusions():

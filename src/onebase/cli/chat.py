@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from onebase.adapter import Adapter
 from onebase.cli.screen import console, notes
 from onebase.cli.using import open_pair
 from onebase.config import ChatConfig, Sampling, build
@@ -32,21 +33,31 @@ def run(options: dict[str, Any]) -> int:
     while (line := _ask()) is not None:
         if line == "/reset":
             messages = []
-        elif line in ("/base", "/adapter"):
+        elif line == "/base" or (line == "/adapter" and adapter is not None):
             chosen = adapter if line == "/adapter" else None
-            notes.print("the plain base answers" if chosen is None else "the adapter answers")
+            notes.print(f"the {'plain base' if chosen is None else 'adapter'} answers from here on")
         elif line.startswith("/"):
-            notes.print(HELP)
+            notes.print(HELP if adapter else f"no adapter was given; {HELP}", markup=False)
         elif line:
-            messages.append({"role": "user", "content": line})
-            with injected(base.model, chosen, "chat"):
-                try:
-                    answer = _answer(base, messages, form, config.sampling)
-                except DataError as error:
-                    notes.print(f"{error}; /reset starts anew", markup=False)
-                    continue
-            messages.append({"role": "assistant", "content": answer})
+            messages = _turn(base, chosen, [*messages, {"role": "user", "content": line}], form, config)
     return 0
+
+
+def _turn(
+    base: Base,
+    adapter: Adapter | None,
+    messages: list[dict[str, str]],
+    form: PromptFormat,
+    config: ChatConfig,
+) -> list[dict[str, str]]:
+    """The conversation with the answer; as it was before the last message where there is no room for one."""
+    try:
+        with injected(base.model, adapter, "chat"):
+            answer = _answer(base, messages, form, config.sampling)
+    except DataError as error:
+        notes.print(f"{error}\n  that message was left out; /reset makes room", markup=False)
+        return messages[:-1]
+    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def _ask() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from onebase.cli.screen import TrainingScreen, console, print_record
+from onebase.cli.screen import TrainingScreen, console, print_record, say
 from onebase.config import DemoConfig, build
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.demo import read_demo
@@ -44,9 +45,8 @@ def run(options: dict[str, Any]) -> int:
     console.print(_answers(result.record))
     print_record(result.record)
     _prove_off(base, result.folder, result.record)
-    folder = result.folder
-    console.print(f"\nreport:  {folder}/report.html", highlight=False)
-    console.print(f"try it:  onebase chat --adapter {folder}", highlight=False)
+    say(f"\nreport:  {result.folder}/report.html")
+    say(f"try it:  onebase chat --adapter {shlex.quote(str(result.folder))}")
     return 0
 
 

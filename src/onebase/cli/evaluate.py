@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from onebase.cli.screen import console
-from onebase.cli.using import open_pair
+from onebase.cli.using import open_pair, require_writable
 from onebase.config import EvalConfig, build, flatten
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.evaluation import Scores, evaluate
 from onebase.files import write_text
+from onebase.format import read_adapter
 
 METRICS = {  # name -> (how it is written, is a larger value better)
     "loss": "{:.4f}",
@@ -23,19 +25,23 @@ METRICS = {  # name -> (how it is written, is a larger value better)
     "bleu": "{:.2f}",
     "chrf": "{:.2f}",
 }
+SPLITTING = ("data", "holdout", "split_by")
+# Taken from the adapter's training unless given: other values would score what it was not taught.
+LIKE_TRAINING = ("chat", "system", "separator", "loss_on", "teach_eos", "seed")
 
 
 def run(options: dict[str, Any]) -> int:
-    """Print the scores as a table; with --output write them as JSON too."""
-    config = build(EvalConfig, options)
-    base, adapter = open_pair(config.using)
+    """Print the scores as a table; with --output write them as JSON too.
+
+    An adapter is scored on rows rendered as in its training, and --holdout takes the rows that it held out.
+    """
+    config = build(EvalConfig, {**_trained_with(options), **options})
     rows = _rows(config)
+    if config.output:
+        require_writable(config.output)
+    base, adapter = open_pair(config.using)
     sampling = config.sampling if config.generate and rows[0].kind != "text" else None
-    data = {
-        name: value
-        for name, value in flatten(config.data).items()
-        if name not in ("data", "holdout", "split_by")
-    }
+    data = {name: value for name, value in flatten(config.data).items() if name not in SPLITTING}
     scores = {"base": evaluate(base, rows, None, sampling, **data)}
     if adapter is not None:
         scores["adapter"] = evaluate(base, rows, adapter, sampling, **data)
@@ -43,6 +49,14 @@ def run(options: dict[str, Any]) -> int:
         write_text(config.output, json.dumps({n: _as_json(s) for n, s in scores.items()}, indent=2) + "\n")
     _print(scores, len(rows))
     return 0
+
+
+def _trained_with(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the adapter's own training that decide how rows are split, rendered and scored."""
+    if not options.get("adapter"):
+        return {}
+    settings = read_adapter(options["adapter"]).origin.training.get("settings", {})
+    return {name: settings[name] for name in LIKE_TRAINING if name in settings}
 
 
 def _rows(config: EvalConfig) -> list[Example]:

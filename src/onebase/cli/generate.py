@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onebase.cli.screen import console
-from onebase.cli.using import open_pair
+from onebase.cli.using import open_pair, require_writable
 from onebase.config import DataConfig, GenerateConfig, build
 from onebase.data.read import Example, read_examples
-from onebase.errors import ConfigError, DataError, MissingFile
+from onebase.errors import ConfigError, DataError, MissingFile, nearest
 from onebase.files import write_text
 from onebase.injection import injected
 from onebase.models.generation import answers, format_of
@@ -22,19 +21,17 @@ def run(options: dict[str, Any]) -> int:
     if not config.prompt and not config.input:
         raise ConfigError("options prompt and input", "neither is given", hint="give one of them")
     prompts = [_example(0, config.prompt)] if config.prompt else _read_prompts(config)
+    if config.output:
+        require_writable(config.output)
     base, adapter = open_pair(config.using)
     with injected(base.model, adapter, "generate"):
         given = answers(base, prompts, format_of(base, adapter), config.sampling)
-    rows = [
-        {"prompt": example.prompt or "", "answer": answer}
-        for example, answer in zip(prompts, given, strict=True)
-    ]
+    rows = [_row(example, answer) for example, answer in zip(prompts, given, strict=True)]
     if config.output:
-        write_text(config.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return 0
-    for row in rows:
-        shown = row["answer"] if config.prompt else json.dumps(row, ensure_ascii=False)
-        console.print(shown, markup=False, highlight=False, soft_wrap=True)
+        write_text(config.output, "".join(row + "\n" for row in rows))
+    else:
+        # Not through rich, which would take `:name:` in an answer for an emoji.
+        print("\n".join(given if config.prompt else rows))
     return 0
 
 
@@ -42,18 +39,39 @@ def _example(row: int, prompt: str) -> Example:
     return Example(row, prompt=prompt, completion="")
 
 
+def _row(example: Example, answer: str) -> str:
+    asked = {"messages": example.messages} if example.messages else {"prompt": example.prompt}
+    return json.dumps({**asked, "answer": answer}, ensure_ascii=False)
+
+
 def _read_prompts(config: GenerateConfig) -> list[Example]:
     """The prompts of a .txt file, one a line, or the prompt column (or the chats) of a data file."""
-    path = Path(config.input)
-    if path.suffix == ".txt":
-        if not path.is_file():
-            raise MissingFile(f"input {path}", "no such file")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [_example(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        given = build(DataConfig, {"map": config.map})
-        mapping = {"completion": given.map_columns.get("prompt", "prompt"), **given.map_columns}
-        prompts = read_examples(config.input, build(DataConfig, {"map": mapping}))
+    path = Path(config.input).expanduser()
+    prompts = _read_lines(path) if path.suffix == ".txt" else _read_rows(config)
     if not prompts:
         raise DataError(f"input {path}", "it holds no prompt")
     return prompts
+
+
+def _read_lines(path: Path) -> list[Example]:
+    if not path.is_file():
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise MissingFile(f"input {path}", "no such file", nearest(path.name, beside))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"input {path}", f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    return [_example(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_rows(config: GenerateConfig) -> list[Example]:
+    """Rows as training reads them, else rows with a prompt alone, whose column then stands for the answer too."""
+    given = build(DataConfig, {"map": config.map})
+    alone = {"completion": given.map_columns.get("prompt", "prompt"), **given.map_columns}
+    try:
+        return read_examples(config.input, given)
+    except DataError as error:
+        try:
+            return read_examples(config.input, build(DataConfig, {"map": alone}))
+        except DataError:
+            raise error from None

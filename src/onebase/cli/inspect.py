@@ -12,6 +12,7 @@ from rich.text import Text
 from onebase.adapter import Adapter
 from onebase.cli.screen import console, table
 from onebase.config import InspectConfig, build, flatten
+from onebase.errors import ConfigError
 from onebase.format import TENSORS, read_adapter
 from onebase.training.report import count, size
 
@@ -21,6 +22,10 @@ TRAINING = ("steps", "tokens", "rows", "loss")
 def run(options: dict[str, Any]) -> int:
     """Print the adapter's config, base, tensors and norms."""
     config = build(InspectConfig, options)
+    if not config.adapter:
+        raise ConfigError(
+            "option adapter", "is empty", hint="name an adapter folder: onebase inspect runs/first"
+        )
     adapter = read_adapter(config.adapter)
     facts = describe(adapter, Path(config.adapter))
     if config.json:
@@ -73,11 +78,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
         ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
     ]
-    rows += [
-        (f"training: {name}", str(training[name]))
-        for name in ("steps", "tokens", "rows", "loss")
-        if name in training
-    ]
+    rows += [(f"training: {name}", str(training[name])) for name in TRAINING if name in training]
     idle = [item["module"] for item in facts["modules"] if item["norm"] == 0.0]
     rows.append(
         (

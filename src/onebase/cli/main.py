@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """Turn errors that a user can cause into one message and an exit code."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()  # a pipe that broke shows here, not while the interpreter shuts down
+        return code
     except OnebaseError as error:
         print(f"onebase: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,13 +25,27 @@ from onebase.training.plan import Plan
 from onebase.training.record import RunRecord
 from onebase.training.report import count, duration, size
 
-console = Console()
+
+class _Console(Console):
+    """rich's console that goes on in silence where its reader is gone: `onebase train ... | head` must not stop."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console()
 notes = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print a line as it is: names of files and folders are neither markup nor wrapped."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A two-column table; user text in it is not taken as markup."""
-    made = Table(title=title, show_header=False, title_justify="left")
+    made = Table(title=Text(title, "italic"), show_header=False, title_justify="left")
     for name, value in rows:
         made.add_row(name, Text(value))
     return made
@@ -109,9 +125,7 @@ class TrainingScreen:
                 best = " (best)" if event.progress.best_step == event.progress.step else ""
                 console.print(f"step {event.progress.step}: held-out loss {event.metrics['loss']:.4f}{best}")
             case Saved():
-                console.print(
-                    f"step {event.progress.step}: saved {event.folder}", highlight=False, soft_wrap=True
-                )
+                say(f"step {event.progress.step}: saved {event.folder}")
             case Finished():
                 self._bar.stop()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from onebase.cli.screen import TrainingScreen, console, notes, print_record
+from onebase.cli.screen import TrainingScreen, notes, print_record, say
 from onebase.training.run import train
 
 
@@ -17,11 +18,13 @@ def run(options: dict[str, Any]) -> int:
     with TrainingScreen() as screen, _stoppable() as stop:
         result = train(None, screen, lambda: bool(stop), **options)
     if result.record is None:
-        again = f"onebase train --output {result.folder} --resume"
-        notes.print(f"interrupted at step {result.progress.step}, saved; go on with: {again}", soft_wrap=True)
+        again = shlex.join(["onebase", "train", "--output", str(result.folder), "--resume"])
+        told = f"interrupted at step {result.progress.step}, saved; go on with: {again}"
+        notes.print(told, markup=False, emoji=False, highlight=False, soft_wrap=True)
         return 130
     print_record(result.record)
-    console.print(f"adapter and report: {result.folder}/report.html", highlight=False, soft_wrap=True)
+    say(f"adapter: {result.folder}")
+    say(f"report:  {result.folder}/report.html")
     return 0
 
 

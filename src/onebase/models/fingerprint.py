@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from onebase.files import write_text
+from onebase.injection import base_tensors
 from onebase.models.builtin import cache_home
 from onebase.shards import DTYPE_NAMES, TensorInfo, list_tensors, tensor_bytes
-
-Rename = Callable[[str], str | None]
 
 # A file written less than this ago may change again without its time stamp moving, as git knows ("racy git").
 _SETTLED_NS = 1_000_000_000
@@ -38,12 +37,9 @@ def fingerprint_files(folder: str | Path) -> str:
     return remembered("fingerprint", files, lambda: combined(_map_digests(_stored_digest, infos)))
 
 
-def fingerprint_model(model: nn.Module, rename: Rename | None = None) -> str:
-    """The same digest over a model's parameters and persistent buffers; tied ones count once, by their first name.
-
-    `rename` gives a tensor's name in the base, or None to leave it out.
-    """
-    return fingerprint_tensors(model_tensors(model, rename))
+def fingerprint_model(model: nn.Module) -> str:
+    """The same digest over a model's own tensors, adapters or not; tied ones count once, by their first name."""
+    return fingerprint_tensors(base_tensors(model))
 
 
 def fingerprint_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -54,16 +50,6 @@ def fingerprint_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 def tensor_digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Name -> `dtype [shape] hex` of each tensor, so that a difference can be named."""
     return _map_digests(_memory_digest, named)
-
-
-def model_tensors(model: nn.Module, rename: Rename | None = None) -> Generator[tuple[str, Tensor]]:
-    """A model's parameters and persistent buffers under their names in the base; each tied tensor once."""
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        known = rename(name) if rename else name
-        if known is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield known, tensor
 
 
 def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> str:

@@ -77,10 +77,19 @@ def generate_ids(
             found = f"{len(prompt)} tokens, and the base takes {base.context}, answer included"
             raise DataError(f"prompt {row + 1}", found, hint="shorten it")
     results: dict[int, list[int]] = {}
-    for batch in bucketed([len(prompt) for prompt in prompts], sampling.batch_size):
+    for batch in _batches([len(prompt) for prompt in prompts], base.context, sampling):
         rows = [prompts[index] for index in batch]
         results |= dict(zip(batch, _generate_batch(base, rows, sampling, stream), strict=True))
     yield from (results[index] for index in range(len(prompts)))
+
+
+def _batches(lengths: Sequence[int], context: int, sampling: Sampling) -> list[list[int]]:
+    """Prompts that leave less room than an answer may take go alone, for a batch's longest sets the room of all."""
+    roomy = [row for row, length in enumerate(lengths) if length + sampling.max_new_tokens <= context]
+    batches = bucketed([lengths[row] for row in roomy], sampling.batch_size)
+    return [[roomy[index] for index in batch] for batch in batches] + [
+        [row] for row in range(len(lengths)) if row not in set(roomy)
+    ]
 
 
 def _generate_batch(

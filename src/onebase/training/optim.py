@@ -61,11 +61,16 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The optimiser's state by parameter name: `path.A/exp_avg` and so on."""
     return {
-        f"{name}/{key}": optimizer.state[parameter][key]
+        f"{name}/{key}": tensor
         for name, parameter in parameters.items()
-        for key in STATE
-        if parameter in optimizer.state
+        for key, tensor in (optimizer.state.get(parameter) or _start(parameter)).items()
     }
+
+
+def _start(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What AdamW starts from, for a parameter that never had a gradient."""
+    zeros = torch.zeros_like(parameter)
+    return dict(zip(STATE, (zeros, zeros.clone(), torch.tensor(0.0)), strict=True))
 
 
 def restore_optimizer(
@@ -76,5 +81,5 @@ def restore_optimizer(
     if missing:
         raise FormatError("optimizer state of the checkpoint", f"lacks {', '.join(missing[:5])}")
     for name, parameter in parameters.items():
-        moments = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in STATE[:2]}
+        moments = {key: tensors[f"{name}/{key}"].to(parameter.device, copy=True) for key in STATE[:2]}
         optimizer.state[parameter] = moments | {"step": tensors[f"{name}/step"].clone()}

@@ -68,6 +68,7 @@ class Run:
 
 def train(
     base: Base | str | None = None,
+    /,
     listener: Listener | None = None,
     stop: Callable[[], bool] = lambda: False,
     **options: Any,
@@ -79,12 +80,15 @@ def train(
     finished and saved. Raises OnebaseError before anything is written if the data, the targets or the base are
     not right, and Diverged where the loss is not finite.
     """
+    base = options.pop("base", base)  # by position, or by name as any other option
+    if base is not None:
+        options["base"] = base.ref if isinstance(base, Base) else str(base)
     config = read_config(options)
     folder = _claim(config)
     snapshot = _last(folder) if config.resume else None
     if not isinstance(base, Base):
         dtype = snapshot.facts["dtype"] if snapshot else config.dtype
-        base = load_base(base or config.base, dtype)
+        base = load_base(config.base, dtype)
     ready = prepare(base, config)
     facts = _facts(base, config, ready)
     if snapshot:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from onebase.config import LoraConfig
+from onebase.injection import inject, new_adapter
 from onebase.models.fingerprint import (
     fingerprint_files,
     fingerprint_model,
@@ -123,14 +125,13 @@ def test_a_model_counts_ties_once_and_persistent_buffers_only():
 
 
 def test_an_injected_model_is_digested_under_the_base_names():
-    base = nn.Sequential(nn.Linear(3, 3))
-    wrapped = nn.Sequential(nn.ModuleDict({"base": base[0], "lora": nn.Linear(3, 1)}))
-
-    def rename(name: str) -> str | None:
-        return None if ".lora." in name else name.replace(".base.", ".")
-
-    assert fingerprint_model(wrapped, rename) == fingerprint_model(base)
-    assert fingerprint_model(wrapped) != fingerprint_model(base)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    before = fingerprint_model(model)
+    config = LoraConfig(rank=1, target_modules="0", modules_to_save="1")
+    inject(model, new_adapter(model, config))
+    assert fingerprint_model(model) == before
+    model[1].base.weight.data[0, 0] += 1
+    assert fingerprint_model(model) != before
 
 
 def only_entry(home: Path) -> Path:

@@ -43,7 +43,7 @@ PACKED = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "phi3": {"sliding_window": 4},
-    "gpt2": {"attn_pdrop": 0.0},
+    "gpt2": {},  # with attention dropout by default, which eval mode keeps off
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "stablelm": {},
@@ -68,7 +68,6 @@ REFUSED = {
     "falcon": ({}, "does not use transformers' attention interface"),
     "gptj": ({"rotary_dim": 8}, "does not use transformers' attention interface"),
     "gpt_oss": (EXPERTS, "takes s_aux"),
-    "gpt2": ({}, "dropout=0.1"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "called 1 times for 2 layers"),
     "diffllama": ({}, "called 4 times for 2 layers"),
     "rwkv": ({}, "called 0 times for 2 layers"),

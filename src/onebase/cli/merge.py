@@ -1,0 +1,80 @@
+"""`onebase merge`: base and adapter to one plain model, and how far its answers are from theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onebase.cli.screen import console, table
+from onebase.config import MergeConfig, build
+from onebase.errors import BaseError, ConfigError, DataError, MissingFile
+from onebase.format import read_adapter
+from onebase.merge import MergePlan, OutputOptions, make_plan, merge_files
+from onebase.models.base import locate_base
+from onebase.models.merging import PROMPTS, MergeCheck, adapter_for, check_merge, open_skeleton
+from onebase.training.report import size
+
+
+def run(options: dict[str, Any]) -> int:
+    """Merge file to file, then print what was written and the comparison with base and adapter."""
+    config = build(MergeConfig, options)
+    for name in ("adapter", "output"):
+        if not getattr(config, name):
+            raise ConfigError(f"option {name}", "not given", hint=f"give --{name} FOLDER")
+    prompts = _prompts(config)
+    base = open_skeleton(locate_base(_base(config)))
+    adapter = adapter_for(base, config.adapter, config.allow_base_mismatch)
+    plan = make_plan(base, adapter)
+    output = merge_files(plan, config.output, _how(config))
+    console.print(table(f"merged into {output}", _written(plan, output)))
+    if config.check:
+        check = check_merge(base.folder, adapter, output, prompts)
+        console.print(table("merged model against base and adapter", _compared(check)))
+    return 0
+
+
+def _base(config: MergeConfig) -> str:
+    name = config.base or read_adapter(config.adapter).origin.base
+    if not name:
+        found = "it does not say which base it was made for"
+        raise BaseError(f"adapter {config.adapter}", found, hint="give --base")
+    return name
+
+
+def _how(config: MergeConfig) -> OutputOptions:
+    dtype = None if config.dtype == "stored" else getattr(torch, config.dtype)
+    return OutputOptions(dtype, round(config.shard_size * 1e9))
+
+
+def _prompts(config: MergeConfig) -> tuple[str, ...]:
+    if not config.prompts:
+        return PROMPTS
+    path = Path(config.prompts)
+    if not path.is_file():
+        raise MissingFile(f"prompts {path}", "no such file")
+    lines = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise DataError(f"prompts {path}", "it holds no prompt")
+    return lines
+
+
+def _written(plan: MergePlan, output: Path) -> list[tuple[str, str]]:
+    files = sorted(output.glob("*.safetensors"))
+    rows = [
+        ("base", str(plan.folder)),
+        ("tensors changed", f"{plan.changed} of {len(plan.parts)}"),
+        ("weights", f"{size(sum(f.stat().st_size for f in files))} in {len(files)} file(s)"),
+    ]
+    if plan.settings:
+        rows.append(("embeddings", "no longer tied: the adapter changes only one of them"))
+    return rows
+
+
+def _compared(check: MergeCheck) -> list[tuple[str, str]]:
+    return [
+        ("largest difference", f"{check.difference:.3g} (the largest value is {check.largest:.3g})"),
+        ("of it, rounding to the output's dtype", f"{check.rounding:.3g}"),
+        ("same likeliest token", f"{check.same_choice:.1%} of {check.tokens} tokens"),
+    ]
