@@ -13,13 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+
+from onebase.adapter import Adapter
+from onebase.config import LoraConfig
+from onebase.injection import new_adapter
 
 PACKAGES = ("onebase", "torch", "transformers", "peft", "safetensors")
 SIDES = ("ours", "peer")
@@ -29,9 +35,9 @@ Numbers = Mapping[str, float]
 def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory in GB, threads, and the versions of the packages."""
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][0]
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "cpu": cpu,
@@ -129,6 +135,17 @@ class Result:
         """The JSON object that a benchmark prints last."""
         ratio = {name: self.ours[name] / self.peer[name] if self.peer[name] else None for name in self.target}
         return json.dumps(asdict(self) | {"ratio": ratio, "machine": machine()})
+
+
+def random_update(model: nn.Module) -> Adapter:
+    """An adapter of rank 16 on all linear layers, its B drawn at random as if it were trained."""
+    adapter = new_adapter(model, LoraConfig(rank=16, alpha=32))
+    draw = torch.Generator().manual_seed(0)
+    low = {
+        path: one._replace(B=torch.randn(one.B.shape, generator=draw) * 0.01)
+        for path, one in adapter.lowrank.items()
+    }
+    return replace(adapter, lowrank=low)
 
 
 def show(title: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> None:

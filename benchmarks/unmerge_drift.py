@@ -1,4 +1,4 @@
-"""Weights that differ from the base's after merging and unmerging in memory, against PEFT's merge_adapter/unmerge_adapter.
+"""Weights that are no longer the base's after merging and unmerging in memory, ours against PEFT's.
 
 The first layers of the built-in base in three dtypes; the adapted layers' weights are compared bit by bit.
 """
@@ -9,19 +9,16 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Gate, Result, parser, show
+from common import Gate, Result, parser, random_update, show
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from onebase.config import LoraConfig
 from onebase.format import save_adapter
-from onebase.injection import new_adapter
 from onebase.merge import merge_in_memory, unmerge
 from onebase.models.base import locate_base
 
@@ -49,24 +46,18 @@ def both(dtype: torch.dtype, layers: int, folder: Path) -> tuple[dict[int, float
     model = AutoModelForCausalLM.from_pretrained(
         locate_base("smollm2-135m"), num_hidden_layers=layers, dtype=dtype
     ).requires_grad_(False)
-    adapter = new_adapter(model, LoraConfig(rank=16, alpha=32))
-    draw = torch.Generator().manual_seed(0)
-    low = {
-        path: one._replace(B=torch.randn(one.B.shape, generator=draw) * 0.01)
-        for path, one in adapter.lowrank.items()
-    }
-    adapter = replace(adapter, lowrank=low)
+    adapter = random_update(model)
     save_adapter(adapter, folder / "adapter")
 
     def own() -> dict[str, Tensor]:
-        return {path: model.get_submodule(path).weight for path in low}
+        return {path: model.get_submodule(path).weight for path in adapter.lowrank}
 
     ours = shares(own, lambda: unmerge(merge_in_memory(model, adapter)))
     with warnings.catch_warnings(action="ignore"):
         peer = PeftModel.from_pretrained(model, folder / "adapter")
 
     def theirs() -> dict[str, Tensor]:
-        return {path: peer.base_model.model.get_submodule(path).base_layer.weight for path in low}
+        return {path: peer.base_model.model.get_submodule(path).base_layer.weight for path in adapter.lowrank}
 
     def cycle() -> None:
         peer.merge_adapter()

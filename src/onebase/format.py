@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from onebase.adapter import Adapter, LowRank, Origin
@@ -24,7 +24,6 @@ from onebase.errors import (
     ConfigError,
     FormatError,
     MissingFile,
-    OutputError,
     OutputExists,
     nearest,
 )
@@ -66,10 +65,7 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
         # Copies, as safetensors refuses tensors that share memory and views that are not contiguous.
         layout = torch.contiguous_format
         tensors = {n: t.clone(memory_format=layout) for n, t in _to_peft_tensors(adapter).items()}
-        try:
-            save_file(tensors, str(temporary), metadata)
-        except SafetensorError as error:  # a full disk, for example
-            raise OutputError(f"cannot write {folder / TENSORS}", str(error)) from error
+        temporary.write_bytes(_serialised(tensors, metadata))
     sidecar = {
         "base": {"name": origin.base, "fingerprint": origin.fingerprint},
         "prompt": dict(origin.prompt),
@@ -77,6 +73,19 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
     }
     write_text(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
     write_text(folder / CONFIG, json.dumps(to_peft(adapter), indent=2, sort_keys=True) + "\n")
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes each time: the library writes its metadata in random order."""
+    data = save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    ordered = {"__metadata__": dict(sorted(metadata.items()))} | {
+        n: v for n, v in header.items() if n != "__metadata__"
+    }
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -78,11 +80,14 @@ def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
     """
     changes = _changes(adapter)
     infos = {info.name: info for info in base.tensors}
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.model.state_dict().items()}
     groups = _tied_groups(base)
     loose = [group for group in groups if any(name in changes for name in group)]
     owners = {name: _owner(name, base, groups) for name in [*changes, *(n for g in loose for n in g)]}
     problems = fit_problems(base.model, adapter)
-    problems += [text for name in changes if (text := _stored_problem(name, owners[name], infos))]
+    problems += [
+        text for name in changes if (text := _stored_problem(name, infos.get(owners[name]), shapes.get(name)))
+    ]
     if loose and not base.unties:
         names = ", ".join(name for group in loose for name in group)
         problems.append(f"{names}: this architecture always ties them, so only one of them cannot be changed")
@@ -115,11 +120,13 @@ def _owner(name: str, base: Skeleton, groups: Sequence[Sequence[str]]) -> str:
     return next((base.stored[one] for one in (name, *group) if one in base.stored), "")
 
 
-def _stored_problem(name: str, owner: str, infos: Mapping[str, TensorInfo]) -> str:
-    if not owner:
+def _stored_problem(name: str, info: TensorInfo | None, shape: tuple[int, ...] | None) -> str:
+    if info is None:
         return f"{name}: the base's files hold no tensor for it (or only pieces of it under other names)"
-    kind = infos[owner].dtype
-    return "" if kind in FLOATS else f"{name}: stored as {kind}, which cannot carry an update"
+    if info.dtype not in FLOATS:
+        return f"{name}: stored as {info.dtype}, which cannot carry an update"
+    fits = shape in (None, info.shape)  # None: fit_problems has named it
+    return "" if fits else f"{name}: stored with shape {info.shape}, the configuration says {shape}"
 
 
 class OutputOptions(NamedTuple):
@@ -202,42 +209,50 @@ def _write_shard(path: Path, parts: Sequence[Part], asked: torch.dtype | None) -
     text += b" " * (-len(text) % 8)
     with path.open("wb") as sink:
         sink.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            with part.source.file.open("rb", buffering=0) as stream:
-                for piece in _pieces(stream, part, _dtype(part, asked)):
-                    sink.write(piece)
+        _write_behind(sink, (piece for part in parts for piece in _pieces(part, _dtype(part, asked))))
 
 
-def _pieces(stream: BinaryIO, part: Part, dtype: torch.dtype) -> Iterator[bytearray | memoryview]:
+def _write_behind(sink: BinaryIO, pieces: Iterable[bytearray | memoryview]) -> None:
+    """Write each piece while the next one is made."""
+    with ThreadPoolExecutor(1) as pool:
+        writing: Future[int] | None = None
+        for piece in pieces:
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(sink.write, piece)
+        if writing is not None:
+            writing.result()
+
+
+def _pieces(part: Part, dtype: torch.dtype) -> Iterator[bytearray | memoryview]:
     """The merged tensor's bytes, some rows at a time."""
     source, stored = part.source, DTYPES[part.source.dtype]
     rows = source.shape[0] if source.shape else 1
     row_bytes = (source.end - source.start) // max(rows, 1)
     step = max(1, PIECE // max(row_bytes, 1))
-    stream.seek(source.start)
-    for start in range(0, rows if row_bytes else 0, step):
-        end = min(start + step, rows)
-        if isinstance(part.change, Tensor):
-            yield _bytes(part.change.reshape(rows, -1)[start:end].to(dtype))
-            continue
-        raw = _read(stream, (end - start) * row_bytes)
-        if part.change is None and dtype == stored:
-            yield raw
-            continue
-        piece = torch.frombuffer(raw, dtype=stored).reshape(end - start, -1)
-        if part.change is not None:
-            wide = torch.promote_types(
-                stored, torch.float32
-            )  # so that merged_weight rounds to no narrower one
-            piece = merged_weight(piece.to(wide), _rows(part.change, start, end))
-        yield _bytes(piece.to(dtype))
+    with source.file.open("rb", buffering=0) as stream:
+        stream.seek(source.start)
+        for start in range(0, rows if row_bytes else 0, step):
+            end = min(start + step, rows)
+            if isinstance(part.change, Tensor):
+                yield _bytes(part.change.reshape(rows, -1)[start:end].to(dtype))
+                continue
+            raw = _read(stream, (end - start) * row_bytes)
+            if part.change is None and dtype == stored:
+                yield raw
+                continue
+            piece = torch.frombuffer(raw, dtype=stored).reshape(end - start, -1)
+            if part.change is not None:
+                wide = torch.promote_types(stored, torch.float32)  # merged_weight rounds to its input's dtype
+                piece = merged_weight(piece.to(wide), _rows(part.change, start, end))
+            yield _bytes(piece.to(dtype))
 
 
-def _read(stream: BinaryIO, count: int) -> bytearray:
+def _read(stream: FileIO, count: int) -> bytearray:
     """Exactly `count` bytes. Not memory-mapped: mapped pages would count as ours until the file is done."""
     raw = bytearray(count)
     view = memoryview(raw)
-    while view and (got := stream.readinto(view)):  # pyright: ignore[reportAttributeAccessIssue]
+    while view and (got := stream.readinto(view)):
         view = view[got:]
     if view:
         raise OSError("a file of the base ended early: it was changed while it was read")

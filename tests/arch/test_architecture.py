@@ -23,15 +23,17 @@ ORDER = """
     errors  files  options  config  device
     ops.reference  ops.lowrank  ops.attention
     adapter  variants  layers  targets  injection
-    peft_config  shards  format
+    peft_config  shards  format  arithmetic  merge
     data.read  data.split  data.template  data.pack  data.checks  data.preview
     models.builtin  models.fingerprint  models.gguf  models.base  models.packing  models.loss  models.generation
+    models.merging
     evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.optim  training.step  training.checkpoint  training.loop
     training.prepare  training.plan  training.finish  training.run
     demo  demo.make_data
-    cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate  cli.inspect  cli.demo
+    cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate  cli.inspect
+    cli.demo  cli.merge  cli.combine
     cli.parser  cli.main
 """.split()
 

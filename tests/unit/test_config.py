@@ -16,11 +16,11 @@ from onebase.config import (
     OptimConfig,
     TrainConfig,
     build,
-    flat_options,
     flatten,
     parse_layers,
 )
 from onebase.errors import ConfigError
+from onebase.options import flat_options
 
 NAMES = st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=3, unique=True)
 OPTIONS = st.fixed_dictionaries(

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from onebase.adapter import Adapter
-from onebase.cli.screen import console, notes
+from onebase.cli.console import console, notes
 from onebase.cli.using import open_pair
 from onebase.config import ChatConfig, Sampling, build
 from onebase.data.template import PromptFormat, render_messages, render_prompt

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from onebase.adapter import Adapter
 from onebase.arithmetic import combine, deviations, negate, norms
-from onebase.cli.screen import console, table
+from onebase.cli.console import console, table
 from onebase.config import CombineConfig, build
 from onebase.errors import ConfigError, nearest
 from onebase.format import read_adapter, save_adapter

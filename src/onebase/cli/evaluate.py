@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from onebase.cli.screen import console
+from onebase.cli.console import console
 from onebase.cli.using import open_pair, require_writable
 from onebase.config import EvalConfig, build, flatten
 from onebase.data.read import Example, read_examples

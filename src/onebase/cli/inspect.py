@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase.adapter import Adapter
-from onebase.cli.screen import console, table
+from onebase.cli.console import console, table
 from onebase.config import InspectConfig, build, flatten
 from onebase.errors import ConfigError
 from onebase.format import TENSORS, read_adapter

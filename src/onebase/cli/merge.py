@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from onebase.cli.screen import console, table
+from onebase.cli.console import console, table
 from onebase.config import MergeConfig, build
 from onebase.errors import BaseError, ConfigError, DataError, MissingFile
 from onebase.format import read_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onebase.cli.screen import console
+from onebase.cli.console import console
 from onebase.config import PreviewConfig, build
 from onebase.data.checks import enforce
 from onebase.data.preview import print_preview

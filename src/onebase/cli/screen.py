@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,36 +16,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from onebase.cli.console import console, say, table
 from onebase.targets import CoverageRow
 from onebase.training.loop import Evaluated, Event, Finished, Saved, Stepped
 from onebase.training.plan import Plan
 from onebase.training.record import RunRecord
 from onebase.training.report import count, duration, size
-
-
-class _Console(Console):
-    """rich's console that goes on in silence where its reader is gone: `onebase train ... | head` must not stop."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Console()
-notes = Console(stderr=True)
-
-
-def say(text: str) -> None:
-    """Print a line as it is: names of files and folders are neither markup nor wrapped."""
-    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """A two-column table; user text in it is not taken as markup."""
-    made = Table(title=Text(title, "italic"), show_header=False, title_justify="left")
-    for name, value in rows:
-        made.add_row(name, Text(value))
-    return made
 
 
 def coverage_table(rows: Iterable[CoverageRow]) -> Table:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from onebase.cli.screen import TrainingScreen, notes, print_record, say
+from onebase.cli.console import notes, say
+from onebase.cli.screen import TrainingScreen, print_record
 from onebase.training.run import train
 
 

@@ -13,7 +13,7 @@ from onebase.errors import GateError
 
 FIXES = {
     "no-loss": "remove these rows, give them a completion, or raise --max-length where the answer was cut off",
-    "no-eos": "set --teach-eos true, or end the answers with the base's end-of-text token",
+    "no-eos": "give --teach-eos, or end the answers with the base's end-of-text token",
     "double-bos": "remove the beginning-of-text token from the data or from the chat template: one is enough",
     "unmarked-turns": "put {% generation %} tags into the chat template, or use prompt and completion rows",
     "untrained-special": "train their embedding with --modules-to-save, or use a template with trained tokens",

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from onebase.config import DataConfig
 from onebase.data.read import Example, Message
-from onebase.errors import ConfigError, DataError
+from onebase.errors import ConfigError, DataError, FormatError
 
 
 class Tokenizer(Protocol):
@@ -90,7 +90,12 @@ class PromptFormat:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptFormat:
-        """The inverse of `as_dict`."""
+        """The inverse of `as_dict`; a FormatError for anything else, since it is read from a file."""
+        known = {item.name: type(item.default) for item in dataclasses.fields(cls)}
+        if any(not isinstance(value, known.get(name, ())) for name, value in values.items()):
+            raise FormatError(
+                "prompt format", f"{dict(values)!r} is not one", hint=f"it has {', '.join(known)}"
+            )
         return cls(**values)
 
 

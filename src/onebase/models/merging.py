@@ -17,7 +17,7 @@ from onebase.errors import BaseError, BaseMismatch, DataError
 from onebase.format import load_adapter, read_stored
 from onebase.injection import injected
 from onebase.merge import MergePlan, Skeleton, make_plan, merged
-from onebase.models.base import Base, _family, load_base  # pyright: ignore[reportPrivateUsage]
+from onebase.models.base import Base, _check_folder, _family, load_base  # pyright: ignore[reportPrivateUsage]
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
 from onebase.shards import list_tensors, read_tensor
@@ -63,6 +63,7 @@ def adapter_for(base: Skeleton, folder: str | Path, allow_base_mismatch: bool = 
 def open_skeleton(folder: str | Path) -> Skeleton:
     """A model folder's modules without their weights, by transformers' own rules for the names in its files."""
     folder = Path(folder)
+    _check_folder(folder, folder)
     tensors = tuple(list_tensors(folder))
     with quiet():
         try:

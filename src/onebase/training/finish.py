@@ -90,7 +90,7 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
         samples=samples,
         before=before,
         after=after,
-        settings=flatten(outcome.config),
+        settings=_settings(outcome),
         data=_data_facts(outcome),
         machine=machine(),
         versions={
@@ -131,7 +131,7 @@ def _chosen(folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
         "tokens": progress.tokens,
         "rows": outcome.plan.rows,
         "loss": progress.best_loss if progress.best_step > 0 else None,
-        "settings": flatten(outcome.config),
+        "settings": _settings(outcome),
     }
     return replace(adapter, origin=replace(adapter.origin, training=json_ready(facts))), reason
 
@@ -155,6 +155,11 @@ def _compare(
         for group, text, old, new in zip(groups, texts, plain, tuned, strict=True)
     ]
     return before, after, tuple(samples)
+
+
+def _settings(outcome: Outcome) -> dict[str, Any]:
+    """The run's options; a resumed run is the run that it resumed."""
+    return flatten(replace(outcome.config, resume=False, overwrite=False))
 
 
 def _score(

@@ -95,11 +95,7 @@ def open_loggers(
 
     Raises ConfigError for an unknown name or a package that is not installed, before any logger is opened.
     """
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in LOGGERS:
-            raise ConfigError(f"option log={name}", "no logger of that name", nearest(name, LOGGERS))
-    modules = {name: _import(name) for name in names}
+    modules = require_loggers(names)
     run = Run(Path(run_folder), settings, first_step)
     with ExitStack() as stack:
         loggers: list[Logger] = []
@@ -107,6 +103,14 @@ def open_loggers(
             loggers.append(LOGGERS[name][1](module, run))
             stack.callback(loggers[-1].close)
         return Loggers(loggers, stack.pop_all())
+
+
+def require_loggers(names: Sequence[str]) -> dict[str, ModuleType]:
+    """The loggers' modules. Raises ConfigError for an unknown name or a package that is not installed."""
+    for name in names:
+        if name not in LOGGERS:
+            raise ConfigError(f"option log={name}", "no logger of that name", nearest(name, LOGGERS))
+    return {name: _import(name) for name in dict.fromkeys(names)}
 
 
 def _import(name: str) -> ModuleType:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from onebase.config import OptimConfig, TrainConfig
-from onebase.data.pack import step_rows
+from onebase.config import TrainConfig
+from onebase.data.pack import step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.layers import KINDS, base_modules, kind_of
 from onebase.models.base import Base
@@ -50,7 +50,7 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         trainable=low + full,
         total=base.parameters + low + full,
         base_bytes=base.stored_bytes,
-        memory=_memory(base, rows, low + full, config.optim, ready.packing == "packed"),
+        memory=_memory(base, low + full, _largest_batch(rows, config, ready.packing == "packed")),
         rows=len(rows),
         valid_rows=len(ready.data.valid_rows.rows),
         tokens=sum(len(row.ids) for row in rows),
@@ -62,7 +62,7 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
     )
 
 
-def _memory(base: Base, rows: list[Encoded], trainable: int, config: OptimConfig, packed: bool) -> int:
+def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
     """An estimate of the peak: weights, 16 bytes a trained value (itself, gradient, two moments), activations.
 
     Autograd keeps about the input and output of every linear layer for each token of the largest batch, and
@@ -71,7 +71,7 @@ def _memory(base: Base, rows: list[Encoded], trainable: int, config: OptimConfig
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     size = next(base.model.parameters()).element_size()
     kept = sum(sum(KINDS["linear"].features(m)) for m in _linears(base.model))
-    tokens, losses = _largest_batch(rows, config, packed)
+    tokens, losses = batch
     head = output_head(base.model)
     vocabulary = KINDS[kind].features(head)[1] if head is not None and (kind := kind_of(head)) else 0
     return _RUNTIME + weights + 16 * trainable + tokens * kept * size * 2 + losses * vocabulary * (size + 12)
@@ -82,12 +82,12 @@ def _linears(model: nn.Module) -> list[nn.Module]:
     return [m for _, m in base_modules(model) if isinstance(m, nn.Linear) and m is not head]
 
 
-def _largest_batch(rows: list[Encoded], config: OptimConfig, packed: bool) -> tuple[int, int]:
+def _largest_batch(rows: list[Encoded], config: TrainConfig, packed: bool) -> tuple[int, int]:
     """Tokens and loss tokens of the largest batch of the first epoch, padding included."""
-    steps = range(total_steps(len(rows), config))
-    largest = (0, 0)
-    for step in steps[: max(1, len(rows) // config.batch_size)]:
-        for batch in step_rows(len(rows), config.batch_size, config.accumulate, 0, step):
+    optim, largest = config.optim, (0, 0)
+    one_pass = steps_per_epoch(len(rows), optim.batch_size, optim.accumulate)
+    for step in range(min(one_pass, total_steps(len(rows), optim))):
+        for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step):
             lengths = [len(rows[index].ids) for index in batch]
             tokens = sum(lengths) if packed else max(lengths) * len(lengths)
             largest = max(largest, (tokens, sum(sum(rows[index].loss) for index in batch)))

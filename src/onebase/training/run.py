@@ -22,7 +22,7 @@ from onebase.models.fingerprint import tensor_digests
 from onebase.training import checkpoint
 from onebase.training.checkpoint import Progress, Snapshot
 from onebase.training.finish import Outcome, finish
-from onebase.training.loggers import open_loggers
+from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
@@ -85,6 +85,7 @@ def train(
         options["base"] = base.ref if isinstance(base, Base) else str(base)
     config = read_config(options)
     folder = _claim(config)
+    require_loggers(config.log)  # pyright: ignore[reportArgumentType]
     snapshot = _last(folder) if config.resume else None
     if not isinstance(base, Base):
         dtype = snapshot.facts["dtype"] if snapshot else config.dtype
@@ -108,6 +109,7 @@ def read_config(options: Mapping[str, Any]) -> TrainConfig:
     else:
         stored = _stored_options(Path(options.get("output") or "."))
         config = build(TrainConfig, {**stored, **options, "overwrite": options.get("overwrite", False)})
+        _check_same(_fixed(build(TrainConfig, stored)), _fixed(config))
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
     if not config.output:
@@ -150,14 +152,17 @@ def _last(folder: Path) -> Snapshot | None:
 
 def _facts(base: Base, config: TrainConfig, ready: Prepared) -> dict[str, Any]:
     """What must be the same for a resumed run to equal an uninterrupted one."""
-    options = {name: value for name, value in flatten(config).items() if name not in FREE}
     return {
-        **options,
+        **_fixed(config),
         "dtype": base.dtype,
         "base fingerprint": base.fingerprint,
         "data digest": ready.data.digest,
         "batches": "packed" if ready.packing == "packed" else "padded",
     }
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in flatten(config).items() if name not in FREE}
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

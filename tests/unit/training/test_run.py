@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from onebase.errors import (
     FormatError,
     GateError,
     MissingFile,
+    OutputError,
     OutputExists,
     TargetError,
 )
@@ -277,7 +279,7 @@ CHANGED = {
     "an option": ({"lr": 0.5}, r"resume: lr was 0\.01, is 0\.5"),
     "two options": ({"seed": 1, "rank": 4}, "rank was 2, is 4; seed was 0, is 1"),
     "the steps": ({"max_steps": 9}, "max_steps was 3, is 9"),
-    "the batches": ({"attention": "padded"}, "attention was 'auto', is 'padded'; batches was 'packed'"),
+    "the batches": ({"attention": "padded"}, "attention was 'auto', is 'padded'"),
 }
 
 
@@ -342,3 +344,19 @@ def test_a_foreign_folder_is_left_alone(base, files, tmp_path):
     with pytest.raises(OutputExists, match="it is a file"):
         train(base, data=files["texts"], output=str(tmp_path / "thesis.tex"), overwrite=True, **SMALL)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_output_that_cannot_be_written(base, files, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write"):
+        train(base, data=files["texts"], output=str(tmp_path / "file" / "run"), **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert clean(base.model)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(base, files, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(OutputError, match="cannot write"):
+        train(base, data=files["texts"], output=str(tmp_path / "locked" / "run"), **SMALL)
+    assert list((tmp_path / "locked").iterdir()) == []
