@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from onebase.errors import ConfigError, nearest
 from onebase.options import assign, build, flatten, names, opt, pairs, require, require_pattern
@@ -19,6 +19,20 @@ ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
 SEEDS = 1 << 63
 LOGGERS = ("tensorboard", "wandb", "trackio")
+
+CombineMethod = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
 
 # Checks that stop a run before its first step; `--allow NAME` lets a run pass one of them.
 GATES: dict[str, str] = {
@@ -296,73 +310,26 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class WithAdapter:
-    """Which base and adapter a command uses."""
+class Recipe:
+    """How adapters become one."""
 
-    base: str = opt("", "base model (empty: the one that the adapter was made for, else smollm2-135m)")
-    adapter: str = opt("", "adapter folder (empty: the plain base)")
-    allow_base_mismatch: bool = opt(
-        False, "accept an adapter that was made for a base with another fingerprint"
+    method: CombineMethod = opt(
+        "cat",
+        "cat: the exact weighted sum, ranks add up; svd: its best fit of one rank; linear, ties, dare, "
+        "magnitude_prune: on A and B apart, as in PEFT; *_svd: on the full updates",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
-
-
-@dataclass(frozen=True)
-class PreviewConfig:
-    """`onebase preview`."""
-
-    base: str = opt("smollm2-135m", "base model, for its tokenizer and chat template")
-    rows: int = opt(3, "rows to show token by token")
-    seed: int = opt(0, "seed of the split")
-    data: DataConfig = opt(DataConfig, "")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """`onebase generate`."""
-
-    prompt: str = opt("", "one prompt")
-    input: str = opt("", "file of prompts: a .txt with one a line, or any data file with a prompt column")
-    output: str = opt("", "write JSONL with prompt and answer here instead of to the screen")
-    map: dict[str, str] | str = opt(dict, "rename the input's columns, for example prompt=question")
-    using: WithAdapter = opt(WithAdapter, "")
-    sampling: Sampling = opt(Sampling, "")
+    rank: int = opt(0, "rank of the result of svd and *_svd (0: the largest rank that goes in, as in PEFT)")
+    density: float = opt(1.0, "share of values that ties, dare and magnitude_prune keep, in (0, 1]")
+    sign: Literal["total", "frequency"] = opt(
+        "total", "how ties elects a sign: by the sum of the values (the TIES paper), or a vote an adapter"
+    )
+    seed: int = opt(0, "seed of the choice of values that dare drops")
 
     def __post_init__(self) -> None:
-        if self.prompt and self.input:
-            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """`onebase chat`."""
-
-    system: str = opt("", "system message (empty: the one the adapter was trained with, if any)")
-    using: WithAdapter = opt(WithAdapter, "")
-    sampling: Sampling = opt(Sampling, "")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """`onebase eval`."""
-
-    generate: bool = opt(True, "also generate answers, for exact match, BLEU and chrF")
-    output: str = opt("", "write the scores to this JSON file too")
-    using: WithAdapter = opt(WithAdapter, "")
-    sampling: Sampling = opt(Sampling, "")
-    data: DataConfig = opt(lambda: DataConfig(holdout=0), "")  # with holdout: the rows that training held out
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """`onebase inspect`."""
-
-    adapter: str = opt("", "adapter folder")
-    json: bool = opt(False, "print JSON instead of tables")
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """`onebase demo`."""
-
-    output: str = opt("runs/demo", "folder for the demo's run; it is replaced")
+        methods = get_args(CombineMethod)
+        if self.method not in methods:
+            near = nearest(str(self.method), methods)
+            raise ConfigError(f"option method={self.method}", "no method of that name", near)
+        require("rank", self.rank, self.rank >= 0, "0 or more")
+        require("density", self.density, 0 < self.density <= 1, "in (0, 1]")
+        require("sign", self.sign, self.sign in ("total", "frequency"), "total or frequency")

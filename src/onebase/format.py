@@ -28,7 +28,7 @@ from onebase.errors import (
     nearest,
 )
 from onebase.files import atomic_file, atomic_folder, write_text
-from onebase.injection import base_tensors, fit_problems
+from onebase.injection import base_tensors, fit_problems, with_kinds
 from onebase.peft_config import from_peft, is_refused, saved_modules, target_spec, to_peft, type_problems
 from onebase.targets import adaptable, match, name_matches, pattern_value, spec_matches, split_path
 from onebase.variants import scaling
@@ -146,7 +146,7 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
         )
     if problems:
         raise BaseMismatch(f"adapter {folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems)))
-    return adapter
+    return with_kinds(base.model, adapter)
 
 
 def _same(copy: Tensor, own: Tensor) -> bool:

@@ -28,6 +28,7 @@ from onebase.layers import (
 from onebase.targets import Coverage, Target, match, name_matches
 from onebase.variants import start
 
+MERGED = "onebase_merged"  # on the model: what unmerge puts back
 _ATTRIBUTE = "onebase_adapters"  # on the model: what extract needs besides the tensors
 
 
@@ -108,11 +109,16 @@ def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Modu
     """
     if name in _cards(model):
         raise AdapterNameError(f"inject adapter {name!r}", "the model already carries one of that name")
+    if MERGED in vars(model):
+        raise AdapterNameError(
+            f"inject adapter {name!r}", "another is merged into the model", hint="unmerge first"
+        )
     problems = fit_problems(model, adapter)
     if problems:
         shown = [*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         raise BaseMismatch(f"adapter {name!r} does not fit this base", "\n  " + "\n  ".join(shown))
     _wrap(model, adapter)
+    adapter = with_kinds(model, adapter)
     for path, wrapper in _wrappers(model):
         if isinstance(wrapper, LoraLayer) and path in adapter.lowrank:
             wrapper.add(name, adapter.lowrank[path], adapter.config.dropout)
@@ -132,6 +138,13 @@ def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
         if shapes != (has := {n: tuple(t.shape) for n, t in own}):
             found.append(f"{path}: the adapter holds {shapes}, the base {has or 'no such module'}")
     return [problem for problem in found if problem]
+
+
+def with_kinds(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with each update's kind as the base has it: a file has one flag for all of its layers."""
+    kinds = {path: kind_of(module) for path, module in base_modules(model)}
+    low = {path: low._replace(kind=kinds.get(path) or low.kind) for path, low in adapter.lowrank.items()}
+    return replace(adapter, lowrank=low)
 
 
 def _low_problem(module: nn.Module | None, path: str, low: LowRank) -> str:
@@ -257,17 +270,30 @@ def use(model: nn.Module, name: str | Sequence[str | None] | None = "default") -
 
 @contextmanager
 def injected(model: nn.Module, adapter: Adapter | None, name: str = "default") -> Generator[nn.Module]:
-    """The model with this adapter on it and chosen (or the plain base for None), and as before afterwards."""
-    if adapter is None:
-        with use(model, None):
-            yield model
-        return
-    inject(model, adapter, name)
+    """The model, in eval mode, with this adapter on it and chosen (None: the plain base), and then as before."""
+    with eval_mode(model):
+        if adapter is None:
+            with use(model, None):
+                yield model
+            return
+        inject(model, adapter, name)
+        try:
+            with use(model, name):
+                yield model
+        finally:
+            eject(model, [name])
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """The model in eval mode, and each module's own mode again afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        with use(model, name):
-            yield model
+        yield
     finally:
-        eject(model, [name])
+        for module, mode in before:
+            module.training = mode
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from onebase.adapter import Adapter, LowRank
 from onebase.errors import AdapterNameError, BaseMismatch, OutputError, OutputExists
 from onebase.files import atomic_folder
-from onebase.injection import adapter_names, fit_problems
+from onebase.injection import MERGED, adapter_names, fit_problems, with_kinds
 from onebase.layers import KINDS, base_modules, merged_weight
 from onebase.shards import DTYPE_NAMES, DTYPES, INDEX, MAX_SHARD, SINGLE, TensorInfo
 
@@ -31,7 +31,7 @@ BESIDE = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
 )
-_ATTRIBUTE = "onebase_merged"  # on the model: what unmerge puts back
+
 
 Change = LowRank | Tensor | None
 """What happens to a stored tensor: an update is added, another tensor takes its place, or nothing."""
@@ -145,7 +145,7 @@ def merge_files(plan: MergePlan, output: str | Path, options: OutputOptions = Ou
     target = Path(output)
     _check_output(plan, target, options)
     shards = _shards(plan.parts, options)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) as folder, _one_thread():
         for name, parts in shards.items():
             _write_shard(folder / name, parts, options.dtype)
         if len(shards) > 1:
@@ -157,6 +157,17 @@ def merge_files(plan: MergePlan, output: str | Path, options: OutputOptions = Ou
             if source.is_file():
                 shutil.copyfile(source, folder / source.name)
     return target
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Pieces are too small to share: on a busy machine torch's threads wait longer for each other than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_output(plan: MergePlan, target: Path, options: OutputOptions) -> None:
@@ -296,16 +307,16 @@ def merge_in_memory(model: nn.Module, adapter: Adapter) -> nn.Module:
     to a layer that the adapter leaves alone. Memory: one copy of the adapted layers. Raises BaseMismatch, or
     AdapterNameError where the model already carries adapters, whose updates would be added to the merged weights.
     """
-    carried = ["a merged one"] if _ATTRIBUTE in vars(model) else adapter_names(model)
+    carried = ["a merged one"] if MERGED in vars(model) else adapter_names(model)
     if carried:
         found = "the model already carries " + ", ".join(carried)
         raise AdapterNameError("merge in memory", found, hint="unmerge or eject first")
     if problems := fit_problems(model, adapter):
         raise BaseMismatch("the adapter does not fit this base", "\n  " + "\n  ".join(problems))
     modules, swaps = dict(base_modules(model)), list[_Swap]()
-    model.__dict__[_ATTRIBUTE] = swaps
+    model.__dict__[MERGED] = swaps
     try:
-        for name, change in _changes(adapter).items():
+        for name, change in _changes(with_kinds(model, adapter)).items():
             path, _, end = name.rpartition(".")
             swaps.append(_Swap(modules[path], end, getattr(modules[path], end)))
             _put(swaps[-1], _merged(swaps[-1].original, change))
@@ -329,9 +340,9 @@ def _put(swap: _Swap, value: Tensor) -> None:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the base's own tensors back: the very same objects, so every bit and every tie is as before."""
-    if _ATTRIBUTE not in vars(model):
+    if MERGED not in vars(model):
         raise AdapterNameError("unmerge", "no adapter is merged into this model")
-    for swap in model.__dict__.pop(_ATTRIBUTE):
+    for swap in model.__dict__.pop(MERGED):
         _put(swap, swap.original)
     return model
 

@@ -14,6 +14,7 @@ import pytest
 
 import onebase
 from onebase import config
+from onebase.cli import configs
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "onebase"
@@ -32,8 +33,8 @@ ORDER = """
     training.optim  training.step  training.checkpoint  training.loop
     training.prepare  training.plan  training.finish  training.run
     demo  demo.make_data
-    cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate  cli.inspect
-    cli.demo  cli.merge  cli.combine
+    cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate
+    cli.inspect  cli.demo  cli.merge  cli.combine
     cli.parser  cli.main
 """.split()
 
@@ -45,7 +46,6 @@ HOMES = {
     "safetensors": ("format", "shards"),
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
-    "jsonargparse": ("cli.parser",),
     "gguf": (),
     "peft": (),
     "trl": (),
@@ -74,7 +74,8 @@ WIDE_FUNCTIONS = {
 }
 
 # What an expression that holds options is called in the source.
-HOLDERS = {"config", "given", *("lora", "data", "optim", "using", "sampling")}
+GROUPS = ("lora", "data", "optim", "using", "sampling", "recipe")
+HOLDERS = {"config", "given", *GROUPS}
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def test_a_source_file_says_what_it_is_for(name):
 def option_fields() -> dict[str, set[str]]:
     """Each field of a config class -> the attributes by which the rest may read it: itself and its properties."""
     fields: dict[str, set[str]] = {}
-    for node in MODULES["config"].tree.body:
+    for node in [*MODULES["config"].tree.body, *MODULES["cli.configs"].tree.body]:
         if isinstance(node, ast.ClassDef):
             own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
             for name in own:
@@ -301,7 +302,11 @@ def test_every_option_is_read_somewhere():
     read = set()
     for name, module in MODULES.items():
         for node in ast.walk(module.tree):
-            if name != "config" and isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if (
+                name not in ("config", "cli.configs")
+                and isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Load)
+            ):
                 holder = ast.unparse(node.value).rpartition(".")[2]
                 read |= {node.attr} if holder in HOLDERS else set()
     fields = option_fields()
@@ -312,15 +317,14 @@ def test_every_option_is_read_somewhere():
 def test_every_option_has_a_help_text():
     kinds = [
         value
-        for value in vars(config).values()
-        if isinstance(value, type) and value.__module__ == config.__name__
+        for module in (config, configs)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
     ]
     assert {config.TrainConfig, config.Sampling} < set(kinds)
     for kind in kinds:
         for item in kind.__dataclass_fields__.values():
-            grouped = (
-                item.name in ("lora", "data", "optim", "using", "sampling") and kind is not config.DataConfig
-            )
+            grouped = item.name in GROUPS and kind is not config.DataConfig
             assert bool(item.metadata["help"]) is not grouped, f"{kind.__name__}.{item.name}"
 
 

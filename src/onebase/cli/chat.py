@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from onebase.adapter import Adapter
+from onebase.cli.configs import ChatConfig
 from onebase.cli.console import console, notes
 from onebase.cli.using import open_pair
-from onebase.config import ChatConfig, Sampling, build
+from onebase.config import Sampling, build
 from onebase.data.template import PromptFormat, render_messages, render_prompt
 from onebase.errors import DataError
 from onebase.injection import injected

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from onebase.adapter import Adapter
 from onebase.arithmetic import combine, deviations, negate, norms
+from onebase.cli.configs import CombineConfig
 from onebase.cli.console import console, table
-from onebase.config import CombineConfig, build
+from onebase.config import build
 from onebase.errors import ConfigError, nearest
 from onebase.format import read_adapter, save_adapter
 from onebase.targets import split_path

@@ -10,9 +10,10 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from onebase.cli.configs import DemoConfig
 from onebase.cli.console import console, say
 from onebase.cli.screen import TrainingScreen, print_record
-from onebase.config import DemoConfig, build
+from onebase.config import build
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.demo import read_demo
 from onebase.errors import BaseMismatch

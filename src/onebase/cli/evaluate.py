@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from onebase.cli.configs import EvalConfig
 from onebase.cli.console import console
 from onebase.cli.using import open_pair, require_writable
-from onebase.config import EvalConfig, build, flatten
+from onebase.config import build, flatten
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.evaluation import Scores, evaluate

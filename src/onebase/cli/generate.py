@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from onebase.cli.configs import GenerateConfig
 from onebase.cli.using import open_pair, require_writable
-from onebase.config import DataConfig, GenerateConfig, build
+from onebase.config import DataConfig, build
 from onebase.data.read import Example, read_examples
 from onebase.errors import ConfigError, DataError, MissingFile, nearest
 from onebase.files import write_text

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase.adapter import Adapter
+from onebase.cli.configs import InspectConfig
 from onebase.cli.console import console, table
-from onebase.config import InspectConfig, build, flatten
+from onebase.config import build, flatten
 from onebase.errors import ConfigError
 from onebase.format import TENSORS, read_adapter
 from onebase.training.report import count, size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from onebase import config
+from onebase.cli import configs
 from onebase.cli.parser import parse
 from onebase.errors import ConfigError, OnebaseError, nearest
 
@@ -33,38 +34,51 @@ COMMANDS: dict[str, Command] = {
         "onebase train --data rows.jsonl --output runs/first --rank 8",
     ),
     "preview": Command(
-        config.PreviewConfig,
+        configs.PreviewConfig,
         "preview",
         "show what the model will see: tokens, which of them carry loss, and the checks",
         "onebase preview --data rows.jsonl --chat",
     ),
     "generate": Command(
-        config.GenerateConfig,
+        configs.GenerateConfig,
         "generate",
         "answer one prompt or a file of prompts, with an adapter or without",
         "onebase generate --adapter runs/first --prompt 'My kettle broke'",
     ),
     "chat": Command(
-        config.ChatConfig,
+        configs.ChatConfig,
         "chat",
         "talk to the base or to an adapter",
         "onebase chat --adapter runs/first",
     ),
     "eval": Command(
-        config.EvalConfig,
+        configs.EvalConfig,
         "evaluate",
         "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF",
         "onebase eval --adapter runs/first --data test.jsonl",
     ),
+    "combine": Command(
+        configs.CombineConfig,
+        "combine",
+        "make one adapter of several: weighted sums, TIES, DARE, pruning, negation, compression",
+        "onebase combine runs/a,runs/b --weights=0.5,0.5 --method svd --rank 16 --output runs/both",
+        positional="adapters",
+    ),
+    "merge": Command(
+        configs.MergeConfig,
+        "merge",
+        "write base and adapter as one plain model, and compare the two",
+        "onebase merge --adapter runs/first --output merged",
+    ),
     "inspect": Command(
-        config.InspectConfig,
+        configs.InspectConfig,
         "inspect",
         "show what an adapter folder holds and where it came from",
         "onebase inspect runs/first",
         positional="adapter",
     ),
     "demo": Command(
-        config.DemoConfig,
+        configs.DemoConfig,
         "demo",
         "train an adapter on data that comes with onebase, and prove what happened",
         "onebase demo",

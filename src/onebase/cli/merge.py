@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from onebase.cli.configs import MergeConfig
 from onebase.cli.console import console, table
-from onebase.config import MergeConfig, build
+from onebase.config import build
 from onebase.errors import BaseError, ConfigError, DataError, MissingFile
 from onebase.format import read_adapter
 from onebase.merge import MergePlan, OutputOptions, make_plan, merge_files

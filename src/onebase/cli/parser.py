@@ -115,7 +115,8 @@ def _parser(name: str, command: HasOptions) -> _Parser:
     )
     known = flat_options(command.options)
     if positional:
-        parser.add_argument(positional, nargs="?", help=known[positional][2])
+        many = known[positional][0] == str | list[str]
+        parser.add_argument(positional, nargs="*" if many else "?", help=known[positional][2])
     for title, names in _groups(command.options):
         group = parser.add_argument_group(title)
         for option in names:

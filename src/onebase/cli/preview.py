@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from onebase.cli.configs import PreviewConfig
 from onebase.cli.console import console
-from onebase.config import PreviewConfig, build
+from onebase.config import build
 from onebase.data.checks import enforce
 from onebase.data.preview import print_preview
 from onebase.models.base import load_base

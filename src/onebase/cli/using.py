@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from onebase.adapter import Adapter
-from onebase.config import WithAdapter
+from onebase.cli.configs import WithAdapter
 from onebase.errors import BaseError, OutputError
 from onebase.format import load_adapter, read_adapter
 from onebase.models.base import Base, load_base

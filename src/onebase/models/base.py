@@ -76,7 +76,7 @@ def load_base(
     """
     chosen_device = pick_device(device)
     folder = locate_base(ref, notify)
-    _check_folder(ref, folder)
+    check_folder(ref, folder)
     stored = list_tensors(folder)
     choice = pick_dtype(dtype, chosen_device)
     kind, model = _load_model(folder, getattr(torch, choice.dtype), notify)
@@ -181,7 +181,7 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _check_folder(ref: str | Path, folder: Path) -> None:
+def check_folder(ref: str | Path, folder: Path) -> None:
     """Raise BaseError where the folder is not a base with dense safetensors weights."""
     asked = f"base {str(ref)!r}"
     adapter = folder / "adapter_config.json"
@@ -217,7 +217,7 @@ def _names(mapping: Iterable[Any]) -> set[str]:
     return {name for names in mapping for name in ([names] if isinstance(names, str) else names)}
 
 
-def _family(architecture: str) -> tuple[Kind, Any] | None:
+def family_of(architecture: str) -> tuple[Kind, Any] | None:
     """The kind of an architecture and transformers' loader for it; None for models of other than text."""
     decoders = _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if architecture in decoders and architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -237,7 +237,7 @@ def _load_model(folder: Path, dtype: torch.dtype, notify: Notify) -> tuple[Kind,
         try:
             config = AutoConfig.from_pretrained(folder, **options)
             architecture = (config.architectures or ["none named"])[0]
-            family = _family(architecture) if config.architectures else None
+            family = family_of(architecture) if config.architectures else None
             if family is None:
                 raise BaseError(f"cannot load {folder}", f"architecture {architecture}: not a text model")
             kind, loader = family

@@ -17,7 +17,7 @@ from onebase.errors import BaseError, BaseMismatch, DataError
 from onebase.format import load_adapter, read_stored
 from onebase.injection import injected
 from onebase.merge import MergePlan, Skeleton, make_plan, merged
-from onebase.models.base import Base, _check_folder, _family, load_base  # pyright: ignore[reportPrivateUsage]
+from onebase.models.base import Base, check_folder, family_of, load_base
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
 from onebase.shards import list_tensors, read_tensor
@@ -63,12 +63,12 @@ def adapter_for(base: Skeleton, folder: str | Path, allow_base_mismatch: bool = 
 def open_skeleton(folder: str | Path) -> Skeleton:
     """A model folder's modules without their weights, by transformers' own rules for the names in its files."""
     folder = Path(folder)
-    _check_folder(folder, folder)
+    check_folder(folder, folder)
     tensors = tuple(list_tensors(folder))
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            family = _family((config.architectures or ["none named"])[0]) if config.architectures else None
+            family = family_of((config.architectures or ["none named"])[0]) if config.architectures else None
             if family is None:
                 raise BaseError(f"cannot merge into {folder}", f"{config.architectures}: not a text model")
             with torch.device("meta"):

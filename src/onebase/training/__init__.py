@@ -1,0 +1,1 @@
+"""From a prepared run to a proven adapter."""

@@ -23,7 +23,7 @@ from onebase.errors import BaseMismatch
 from onebase.evaluation import Scores, grouped_references, mean_loss, packing, text_scores
 from onebase.files import write_text
 from onebase.format import TENSORS, read_adapter, write_adapter
-from onebase.injection import base_tensors, injected
+from onebase.injection import base_tensors, injected, with_kinds
 from onebase.models.base import Base
 from onebase.models.fingerprint import combined, tensor_digests
 from onebase.models.generation import answers
@@ -71,7 +71,7 @@ class Outcome:
 def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunRecord]:
     """Write the adapter and its reports into the run folder. Raises BaseMismatch if the base has changed."""
     proof = _prove(base, outcome)
-    adapter, reason = _chosen(folder, outcome)
+    adapter, reason = _chosen(base, folder, outcome)
     write_adapter(adapter, folder)
     before, after, samples = _compare(base, adapter, outcome)
     record = RunRecord(
@@ -117,7 +117,7 @@ def _prove(base: Base, outcome: Outcome) -> Proof:
     return Proof(combined(outcome.digests), combined(after), len(after), seconds)
 
 
-def _chosen(folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
+def _chosen(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
     """The adapter of the best evaluation, else the last one; and why training ended, in words."""
     progress, reason = outcome.ended.progress, REASONS[outcome.ended.reason]
     best = progress.best_step if progress.best_step > 0 else progress.step
@@ -125,7 +125,7 @@ def _chosen(folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
         reason += "; no evaluation was better than the plain base, so the last step's adapter is kept"
     elif best != progress.step:
         reason += f"; the adapter is that of step {best}, the best evaluation"
-    adapter = read_adapter(checkpoint.folder_of(folder, best))
+    adapter = with_kinds(base.model, read_adapter(checkpoint.folder_of(folder, best)))
     facts = {
         "steps": best,
         "tokens": progress.tokens,

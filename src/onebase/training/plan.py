@@ -45,7 +45,8 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
     """Count what the run will train and take."""
     rows = ready.data.train_rows.rows
     low = sum(target.rank * sum(target.shape) for target in ready.coverage.targets)
-    full = sum(p.numel() for path in ready.coverage.full for p in base.model.get_submodule(path).parameters())
+    modules = dict(base_modules(base.model))
+    full = sum(p.numel() for path in ready.coverage.full for p in modules[path].parameters())
     return Plan(
         trainable=low + full,
         total=base.parameters + low + full,

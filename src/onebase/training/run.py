@@ -16,7 +16,7 @@ from onebase.config import TrainConfig, build, flatten
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.evaluation import packing
 from onebase.files import remove, write_text
-from onebase.injection import adapter_for, base_tensors, eject, inject, trainable, use
+from onebase.injection import adapter_for, base_tensors, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.fingerprint import tensor_digests
 from onebase.training import checkpoint
@@ -207,7 +207,7 @@ def _train(job: _Job, listener: Listener | None, stop: Callable[[], bool]) -> Ru
     try:
         session = _session(job)
         progress = job.snapshot.progress if job.snapshot else Progress()
-        with use(model, NAME), packing(job.base, job.ready.packing == "packed"):
+        with eval_mode(model), use(model, NAME), packing(job.base, job.ready.packing == "packed"):
             ended = _drive(session, progress, job.config, listener, stop)
     finally:
         eject(model, [NAME])

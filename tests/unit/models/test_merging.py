@@ -110,11 +110,12 @@ def test_an_architecture_that_always_ties_refuses_to_lose_one(tmp_path):
 def test_shards_hold_the_same_tensors(tmp_path):
     model = tiny("qwen3")
     folder, adapter = save(model, tmp_path / "base"), trained(model, LoraConfig(rank=2))
-    plan = plan_merge(folder, adapter)
+    plan, threads = plan_merge(folder, adapter), torch.get_num_threads()
     single = merge_files(plan, tmp_path / "single")
     many = merge_files(plan, tmp_path / "many", OutputOptions(shard_bytes=20_000))
     assert len(list(many.glob("*.safetensors"))) > 3
     assert same(tensors(single), tensors(many))
+    assert torch.get_num_threads() == threads
     total = sum(info.end - info.start for info in list_tensors(many))
     assert json.loads((many / INDEX).read_text())["metadata"]["total_size"] == total
     again = merge_files(plan_merge(many, adapter), tmp_path / "again")  # a sharded base
