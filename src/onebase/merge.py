@@ -78,7 +78,7 @@ def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
     Where an adapter changes one of several tied weights (an embedding and not the head, say), the output holds
     each of them, and its configuration says that they are no longer tied.
     """
-    changes = _changes(adapter)
+    changes = _changes(with_kinds(base.model, adapter))
     infos = {info.name: info for info in base.tensors}
     shapes = {name: tuple(tensor.shape) for name, tensor in base.model.state_dict().items()}
     groups = _tied_groups(base)

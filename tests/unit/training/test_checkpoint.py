@@ -117,7 +117,7 @@ def disk_full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    "target", ["os.fsync", "onebase.training.checkpoint.write_shards", "onebase.format.save_file"]
+    "target", ["os.fsync", "onebase.training.checkpoint.write_shards", "onebase.format._serialised"]
 )
 def test_a_full_disk_leaves_the_earlier_ones(tmp_path, adapter, monkeypatch, target):
     first = snapshot(adapter, 1, best_step=1, best_loss=2.0)
