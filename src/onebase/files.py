@@ -9,9 +9,9 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from onebase.errors import OnebaseError, OutputError
+from onebase.errors import OnebaseError, OutputError, OutputExists
 
 
 def _fsync(path: Path) -> None:
@@ -99,13 +99,18 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def process_lock(path: str | Path) -> Generator[None]:
-    """Hold `path` as a lock file, so that two processes which prepare the same thing take turns."""
+def process_lock(path: str | Path, wait: bool = True) -> Generator[None]:
+    """Hold `path` as a lock file, so that two processes which prepare the same thing take turns.
+
+    Without `wait`, OutputExists where another process holds it.
+    """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(target))
-        lock.acquire()
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise OutputExists(f"output {target.parent}", "another process is at work there") from error
     except OSError as error:
         raise _output_error(target, error) from error
     try:

@@ -15,7 +15,7 @@ from onebase.adapter import Adapter, Origin
 from onebase.config import TrainConfig, build, flatten
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.evaluation import packing
-from onebase.files import remove, write_text
+from onebase.files import process_lock, remove, write_text
 from onebase.injection import adapter_for, base_tensors, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.fingerprint import tensor_digests
@@ -29,7 +29,7 @@ from onebase.training.plan import Plan, make_plan
 from onebase.training.prepare import Prepared, prepare
 from onebase.training.record import MetricsFile, RunRecord
 
-OPTIONS, METRICS = "train.yaml", "metrics.jsonl"
+OPTIONS, METRICS, LOCK = "train.yaml", "metrics.jsonl", ".lock"
 
 # What a run puts into its folder: the only names that --overwrite deletes.
 RUN_FILES = (
@@ -97,8 +97,8 @@ def train(
     plan = make_plan(base, config, ready)
     if listener:
         listener(plan)
-    _open_folder(folder, config)
-    with torch.random.fork_rng():
+    with process_lock(folder / LOCK, wait=False), torch.random.fork_rng():
+        _open_folder(folder, config)
         return _train(_Job(base, config, ready, plan, folder, snapshot, facts), listener, stop)
 
 
@@ -132,7 +132,7 @@ def _claim(config: TrainConfig) -> Path:
     folder = Path(config.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputExists(f"output {folder}", "it is a file")
-    if not folder.is_dir() or not any(folder.iterdir()) or config.resume:
+    if config.resume or not folder.is_dir() or all(item.name == LOCK for item in folder.iterdir()):
         return folder
     if not (folder / OPTIONS).is_file():
         raise OutputExists(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +23,14 @@ from onebase.errors import (
     TargetError,
 )
 from onebase.evaluation import evaluate
+from onebase.files import process_lock
 from onebase.format import load_adapter, read_adapter
 from onebase.injection import adapter_names
 from onebase.layers import LoraLayer
 from onebase.models.generation import generate
 from onebase.training.loop import Stepped
 from onebase.training.record import RunRecord
-from onebase.training.run import METRICS, OPTIONS, read_config, train
+from onebase.training.run import LOCK, METRICS, OPTIONS, read_config, train
 from texts import CHATS, QUESTIONS, TEXTS, save_base, text_base, write_rows
 
 SMALL = {
@@ -100,6 +102,7 @@ def test_the_folder_holds_the_run(base, done):
         "onebase.json",
         "checkpoints",
         "curves.png",
+        LOCK,
         METRICS,
         OPTIONS,
         "README.md",
@@ -307,6 +310,15 @@ def test_what_may_differ_when_resumed(base, stopped, files, tmp_path):
     result = train(base, output=str(moved), resume=True, data=copied, keep=1, samples=1)
     assert (result.reason, result.progress.step, result.folder) == ("completed", 3, moved)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(base, stopped):
+    folder = Path(stopped["output"])
+    before = (folder / METRICS).read_bytes()
+    with process_lock(folder / LOCK), pytest.raises(OutputExists, match="another process is at work there"):
+        train(base, output=str(folder), resume=True)
+    assert (folder / METRICS).read_bytes() == before
+    assert train(base, output=str(folder), resume=True).reason == "completed"
 
 
 def test_nothing_to_resume(base, files, tmp_path):
