@@ -98,6 +98,16 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def require_writable(path: str | Path) -> None:
+    """Raise OutputError where no file can be written at `path`; asked before the work that it would waste."""
+    if Path(path).is_dir():
+        raise OutputError(f"output {path}", "it is a folder", hint="name a file")
+    parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "is read-only" if parent.is_dir() else "is not a folder"
+        raise OutputError(f"output {path}", f"{parent} {why}")
+
+
 @contextmanager
 def process_lock(path: str | Path, wait: bool = True) -> Generator[None]:
     """Hold `path` as a lock file, so that two processes which prepare the same thing take turns.

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from onebase.cli.configs import EvalConfig
 from onebase.cli.console import console
-from onebase.cli.using import open_pair, require_writable
+from onebase.cli.using import open_pair
 from onebase.config import build, flatten
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.evaluation import Scores, evaluate
-from onebase.files import write_text
+from onebase.files import require_writable, write_text
 from onebase.format import read_adapter
 
 METRICS = {  # name -> (how it is written, is a larger value better)

@@ -85,7 +85,8 @@ class TrainingScreen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
     def __call__(self, event: Plan | Event) -> None:
         match event:

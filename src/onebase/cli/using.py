@@ -1,13 +1,10 @@
-"""What a command works with: its base and adapter, from `--base` and `--adapter`, and where it may write."""
+"""What a command works with: its base and adapter, from `--base` and `--adapter`."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from onebase.adapter import Adapter
 from onebase.cli.configs import WithAdapter
-from onebase.errors import BaseError, OutputError
+from onebase.errors import BaseError
 from onebase.format import load_adapter, read_adapter
 from onebase.models.base import Base, load_base
 
@@ -25,15 +22,3 @@ def open_pair(using: WithAdapter) -> tuple[Base, Adapter | None]:
         )
     base = load_base(name, using.dtype)
     return base, load_adapter(using.adapter, base, using.allow_base_mismatch)
-
-
-def require_writable(output: str) -> None:
-    """Raise OutputError where a file cannot be written there; asked before the work that it would waste."""
-    path = Path(output)
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir():
-        raise OutputError(f"output {output}", "it is a folder", hint="name a file")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(
-            f"output {output}", f"{parent} is {'read-only' if parent.is_dir() else 'not a folder'}"
-        )

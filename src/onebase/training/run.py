@@ -15,7 +15,7 @@ from onebase.adapter import Adapter, Origin
 from onebase.config import TrainConfig, build, flatten
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.evaluation import packing
-from onebase.files import process_lock, remove, write_text
+from onebase.files import process_lock, remove, require_writable, write_text
 from onebase.injection import adapter_for, base_tensors, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.fingerprint import tensor_digests
@@ -132,6 +132,7 @@ def _claim(config: TrainConfig) -> Path:
     folder = Path(config.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputExists(f"output {folder}", "it is a file")
+    require_writable(folder / OPTIONS)
     if config.resume or not folder.is_dir() or all(item.name == LOCK for item in folder.iterdir()):
         return folder
     if not (folder / OPTIONS).is_file():
