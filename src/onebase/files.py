@@ -36,18 +36,11 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing remains.
-
-    Raises OutputError where the disk is full or the folder cannot be written.
-    """
-    target = Path(path)
+def _replacing(target: Path) -> Generator[Path]:
+    """A temporary name beside `target` that is gone afterwards; OSErrors come out as OutputError."""
     temporary = _temporary_name(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _fsync(temporary)
-        temporary.replace(target)
         _fsync(target.parent)
     except OnebaseError:
         raise
@@ -58,23 +51,29 @@ def atomic_file(path: str | Path) -> Generator[Path]:
 
 
 @contextmanager
+def atomic_file(path: str | Path) -> Generator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing remains.
+
+    Raises OutputError where the disk is full or the folder cannot be written.
+    """
+    target = Path(path)
+    with _replacing(target) as temporary:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(target)
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Generator[Path]:
     """Like `atomic_file`, for a folder that must not exist yet (or is replaced as a whole)."""
     target = Path(path)
-    temporary = _temporary_name(target)
-    try:
+    with _replacing(target) as temporary:
         temporary.mkdir(parents=True)
         yield temporary
         for entry in [*temporary.rglob("*"), temporary]:
             _fsync(entry)
         _swap(temporary, target)
-        _fsync(target.parent)
-    except OnebaseError:
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
-    finally:
-        remove(temporary)
 
 
 def _swap(temporary: Path, target: Path) -> None:
