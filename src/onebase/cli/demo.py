@@ -64,7 +64,9 @@ def _answers(record: RunRecord) -> Table:
     for sample in record.samples[:SHOWN]:
         right = "green" if sample.matches(sample.after) else "red"
         table.add_row(
-            Text(sample.prompt), Text(" ".join(sample.before.split())[:160], "dim"), Text(sample.after, right)
+            Text(sample.prompt),
+            Text(" ".join(sample.before.split())[:160], "dim"),
+            Text(sample.after, right, overflow="fold"),
         )
     return table
 

@@ -32,7 +32,12 @@ def coverage_table(rows: Iterable[CoverageRow]) -> Table:
     for row in rows:
         shape = f"{row.shape[0]} → {row.shape[1]}"
         made.add_row(
-            Text(row.target), str(row.modules), row.layers or "-", shape, str(row.rank), f"{row.scale:g}"
+            Text(row.target, overflow="fold"),
+            str(row.modules),
+            row.layers or "-",
+            shape,
+            str(row.rank),
+            f"{row.scale:g}",
         )
     return made
 
@@ -115,11 +120,10 @@ class TrainingScreen:
             )
             self._bar.start()
         self._bar.update(self._task, completed=event.progress.step, **shown)
-        if not console.is_terminal:
-            total = self._total
-            console.print(
-                f"step {event.progress.step}/{total} loss {shown['loss']} {shown['speed']} tokens/s"
-            )
+        done, total = event.progress, self._total
+        if not console.is_terminal and (done.step % max(1, total // 20) == 0 or done.step in (3, total)):
+            left = duration(done.seconds / done.step * (total - done.step))
+            say(f"step {done.step}/{total} loss {shown['loss']} {shown['speed']} tokens/s, {left} left")
 
 
 def print_record(record: RunRecord) -> None:
