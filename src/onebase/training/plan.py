@@ -66,8 +66,9 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
 def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
     """An estimate of the peak: weights, 16 bytes a trained value (itself, gradient, two moments), activations.
 
-    Autograd keeps about the input and output of every linear layer for each token of the largest batch, and
-    three float32 copies of the logits where there is loss.
+    Autograd keeps about the input and output of every linear layer for each token of the largest batch, in the
+    base's dtype and for A in float32, and three float32 copies of the logits where there is loss. What the
+    allocator and oneDNN's cache of shapes keep on top in a long run is not counted (docs/LOG.md).
     """
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     size = next(base.model.parameters()).element_size()
@@ -75,7 +76,9 @@ def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
     tokens, losses = batch
     head = output_head(base.model)
     vocabulary = KINDS[kind].features(head)[1] if head is not None and (kind := kind_of(head)) else 0
-    return _RUNTIME + weights + 16 * trainable + tokens * kept * size * 2 + losses * vocabulary * (size + 12)
+    return (
+        _RUNTIME + weights + 16 * trainable + tokens * kept * (size + 4) + losses * vocabulary * (size + 12)
+    )
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:
