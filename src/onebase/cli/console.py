@@ -32,5 +32,5 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A two-column table; user text in it is not taken as markup."""
     made = Table(title=Text(title, "italic"), show_header=False, title_justify="left")
     for name, value in rows:
-        made.add_row(name, Text(value))
+        made.add_row(name, Text(value, overflow="fold"))
     return made

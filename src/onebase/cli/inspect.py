@@ -94,6 +94,10 @@ def _print(facts: dict[str, Any]) -> None:
     for item in facts["modules"]:
         shape = f"{item['in']} → {item['out']}"
         modules.add_row(
-            Text(item["module"]), shape, str(item["rank"]), f"{item['scale']:g}", f"{item['norm']:.4g}"
+            Text(item["module"], overflow="fold"),
+            shape,
+            str(item["rank"]),
+            f"{item['scale']:g}",
+            f"{item['norm']:.4g}",
         )
     console.print(modules)
