@@ -29,7 +29,7 @@ types: setup
 	$(BIN)/pyright
 
 fast: setup
-	$(BIN)/pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
