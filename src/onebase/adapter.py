@@ -10,23 +10,58 @@ import torch
 from torch import Tensor
 
 from onebase.config import LoraConfig
+from onebase.ops.lowrank import Factors
 
-LayerKind = Literal["linear", "conv1d", "embedding"]
-"""The layer an update belongs to; conv1d is GPT-2's linear layer, whose weight is stored transposed."""
+LayerKind = Literal["linear", "transposed", "embedding", "conv", "parameter", "parameter_transposed"]
+"""What an update belongs to: a linear layer, one whose weight is stored (in, out) (GPT-2's Conv1D), an embedding,
+a convolution, or a parameter that its module uses directly (fused attention inputs, experts), stored either way.
+"""
 
 
 class LowRank(NamedTuple):
-    """One module's update. A: (r, in), B: (out, r), both float32; the weight changes by scale·B·A."""
+    """One module's update, all in float32: the weight changes by scale·B·A.
+
+    A: (g·r, i), B: (g·o, r). g is the number of `blocks`: 1, or the experts of a three-dimensional parameter, each
+    with factors of its own. For a convolution i counts input channels times kernel positions.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
     kind: LayerKind = "linear"
+    blocks: int = 1
+    kernel: tuple[int, ...] = ()  # a convolution's
+    bias: Tensor | None = None  # (o,): the output moves by scale·bias (PEFT's lora_bias)
+    magnitude: Tensor | None = None  # (o,): the norms that the rows of W + scale·B·A are given (DoRA)
 
     @property
     def rank(self) -> int:
-        """The number of rows of A."""
-        return self.A.shape[0]
+        """The number of rows of A, in each block."""
+        return self.A.shape[0] // self.blocks
+
+    @property
+    def factors(self) -> Factors:
+        """What the ops work on."""
+        return Factors(self.A, self.B, self.scale, self.blocks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field name."""
+        found = {"A": self.A, "B": self.B, "bias": self.bias, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def joined(first: LowRank, second: LowRank) -> LowRank:
+    """One update of both ranks whose B·A is the sum of theirs; the first one's scale and other fields stay."""
+    parts = (first, second)
+    a = torch.cat([low.A.unflatten(0, (low.blocks, -1)) for low in parts], dim=1).flatten(0, 1)
+    return first._replace(A=a, B=torch.cat([low.B for low in parts], dim=1))
+
+
+def parted(low: LowRank, rank: int) -> tuple[LowRank, LowRank]:
+    """The update's first `rank` ranks, and the others: what `joined` puts together."""
+    blocks = low.A.unflatten(0, (low.blocks, -1))
+    head, tail = blocks[:, :rank].flatten(0, 1), blocks[:, rank:].flatten(0, 1)
+    return low._replace(A=head, B=low.B[:, :rank]), low._replace(A=tail, B=low.B[:, rank:])
 
 
 @dataclass(frozen=True)
@@ -54,8 +89,8 @@ class Adapter:
     origin: Origin = Origin()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a readable name: `path.A`, `path.B`, or `path.<parameter>`."""
-        named = {f"{path}.{side}": getattr(low, side) for path, low in self.lowrank.items() for side in "AB"}
+        """Every tensor by a readable name: `path.A`, `path.B` and so on, or `path.<parameter>`."""
+        named = {f"{path}.{n}": t for path, low in self.lowrank.items() for n, t in low.tensors().items()}
         return named | {f"{path}.{name}": t for path, state in self.full.items() for name, t in state.items()}
 
     @property
@@ -68,7 +103,7 @@ class Adapter:
             return NotImplemented
         mine, theirs = self.tensors(), other.tensors()
         facts = [
-            (a.config, a.origin, {p: (low.scale, low.kind) for p, low in a.lowrank.items()})
+            (a.config, a.origin, {p: low[2:6] for p, low in a.lowrank.items()})  # scale to kernel
             for a in (self, other)
         ]
         return (

@@ -20,6 +20,7 @@ REGEX_PREFIX = "re:"
 SEEDS = 1 << 63
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
 CombineMethod = Literal[
     "cat",
     "svd",
@@ -69,8 +70,20 @@ class LoraConfig:
     rank_pattern: dict[str, int] | str = opt(dict, "rank of some modules, for example q_proj=4,down_proj=32")
     alpha_pattern: dict[str, float] | str = opt(dict, "alpha of some modules, for example q_proj=8")
     rslora: bool = opt(False, "scale by alpha/sqrt(rank) (rsLoRA, Kalajdzievski 2023)")
-    init: Literal["default", "gaussian"] = opt(
-        "default", "initial A: 'default' is PEFT's Kaiming-uniform, 'gaussian' has std 1/rank; B starts at 0"
+    dora: bool = opt(
+        False, "learn the norms of the weight's rows apart from their direction (DoRA, Liu et al. 2024)"
+    )
+    lora_bias: bool = opt(False, "also learn a bias for each adapted layer that has one")
+    init: Init = opt(
+        "default",
+        "where A and B start: default (Kaiming-uniform A, B = 0), gaussian, orthogonal; from the weight: pissa, "
+        "olora; from a pass over data: eva, lora_ga",
+    )
+    target_parameters: str | list[str] = opt(
+        list, "parameters that modules use directly, such as mlp.experts.down_proj (PEFT's target_parameters)"
+    )
+    trainable_tokens: str | list[str] = opt(
+        list, "tokens whose embedding rows are trained too: texts of special tokens, or id:N"
     )
     modules_to_save: str | list[str] = opt(
         list, "extra modules to train in full and keep in the adapter, for example lm_head"
@@ -82,7 +95,7 @@ class LoraConfig:
             "alpha", self.alpha, math.isfinite(self.alpha) and self.alpha != 0, "a finite number other than 0"
         )
         require("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        require("init", self.init, self.init in ("default", "gaussian"), "default or gaussian")
+        require("init", self.init, self.init in get_args(Init), "one of " + ", ".join(get_args(Init)))
         assign(
             self,
             alpha=float(self.alpha),
@@ -91,8 +104,11 @@ class LoraConfig:
             rank_pattern=pairs("rank_pattern", self.rank_pattern, int),
             alpha_pattern=pairs("alpha_pattern", self.alpha_pattern, float),
             modules_to_save=names(self.modules_to_save),
+            target_parameters=names(self.target_parameters),
+            trainable_tokens=names(self.trainable_tokens),
         )
-        require("target_modules", "", bool(self.target_modules or self.modules_to_save), "at least one name")
+        some = (self.target_modules, self.modules_to_save, self.target_parameters, self.trainable_tokens)
+        require("target_modules", "", any(some), "at least one name")
         for name, rank in self.ranks.items():
             require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
         for name, alpha in self.alphas.items():

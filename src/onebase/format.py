@@ -213,7 +213,11 @@ def read_stored(folder: str | Path) -> Stored:
             )
         else:
             kind = (
-                "embedding" if "embedding" in sides else "conv1d" if raw.get("fan_in_fan_out") else "linear"
+                "embedding"
+                if "embedding" in sides
+                else "transposed"
+                if raw.get("fan_in_fan_out")
+                else "linear"
             )
             lowrank[path] = LowRank(a, b, scaling(rank, alpha, config.rslora), kind)
     if problems:

@@ -6,26 +6,28 @@ import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter, LowRank, Origin
+from onebase.adapter import Adapter, LayerKind, LowRank, Origin
 from onebase.config import LoraConfig
 from onebase.errors import AdapterNameError, BaseMismatch, TargetError, nearest
+from onebase.kinds import Site, Target, find_site, is_parameter
 from onebase.layers import (
     ACTIVE,
-    KINDS,
     LoraLayer,
+    ParameterLayer,
     Selection,
+    Slot,
     TrainedModule,
     Wrapper,
     bare,
     base_modules,
-    kind_of,
     walk,
 )
-from onebase.targets import Coverage, Target, match, name_matches
+from onebase.targets import Coverage, match, name_matches
 from onebase.variants import start
 
 MERGED = "onebase_merged"  # on the model: what unmerge puts back
@@ -56,10 +58,7 @@ def adapter_for(
     model: nn.Module, coverage: Coverage, config: LoraConfig, seed: int, origin: Origin
 ) -> Adapter:
     """A fresh adapter for targets that were matched before."""
-    low = {
-        t.path: LowRank(*start(t.path, t.shape, t.rank, config.init, t.kind, seed), t.scale, t.kind)
-        for t in coverage.targets
-    }
+    low = {t.path: start(t, config.init, seed) for t in coverage.targets}
     modules = dict(base_modules(model))
     full = {path: _wide_state(modules[path]) for path in coverage.full}
     names = _names_for(model, coverage.targets)
@@ -117,21 +116,34 @@ def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Modu
     if problems:
         shown = [*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         raise BaseMismatch(f"adapter {name!r} does not fit this base", "\n  " + "\n  ".join(shown))
-    _wrap(model, adapter)
+    sites = _sites(model, adapter)
+    _wrap(model, adapter, sites.values())
     adapter = with_kinds(model, adapter)
-    for path, wrapper in _wrappers(model):
-        if isinstance(wrapper, LoraLayer) and path in adapter.lowrank:
-            wrapper.add(name, adapter.lowrank[path], adapter.config.dropout)
-        elif isinstance(wrapper, TrainedModule) and path in adapter.full:
-            wrapper.add(name, _stand_in(bare(wrapper), adapter.full[path]))
+    wrappers = {(path, type(wrapper)): wrapper for path, wrapper in _wrappers(model)}
+    for path, site in sites.items():
+        slot = Slot(adapter.lowrank[path], adapter.config.dropout)
+        if is_parameter(site.kind):
+            cast("ParameterLayer", wrappers[site.owner, ParameterLayer]).add(name, site.name, slot)
+        else:
+            cast("LoraLayer", wrappers[site.owner, LoraLayer]).add(name, slot)
+    for path, state in adapter.full.items():
+        stand = cast("TrainedModule", wrappers[path, TrainedModule])
+        stand.add(name, _stand_in(bare(stand), state))
     model.__dict__[_ATTRIBUTE] = _cards(model) | {name: _Card(adapter.config, adapter.origin)}
     return model
+
+
+def _sites(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
+    """Where each update goes; those that the base has no place for are left out."""
+    modules = dict(base_modules(model))
+    found = {path: find_site(modules, path) for path in adapter.lowrank}
+    return {path: site for path, site in found.items() if site}
 
 
 def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     """Why an adapter does not fit a model: a sentence for each module, none where it fits."""
     modules = dict(base_modules(model))
-    found = [_low_problem(modules.get(path), path, low) for path, low in adapter.lowrank.items()]
+    found = [_low_problem(modules, path, low) for path, low in adapter.lowrank.items()]
     for path, state in adapter.full.items():
         own = base_tensors(modules[path]) if path in modules else ()
         shapes = {n: tuple(t.shape) for n, t in state.items()}
@@ -142,35 +154,53 @@ def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def with_kinds(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with each update's kind as the base has it: a file has one flag for all of its layers."""
-    kinds = {path: kind_of(module) for path, module in base_modules(model)}
-    low = {path: low._replace(kind=kinds.get(path) or low.kind) for path, low in adapter.lowrank.items()}
+    sites = _sites(model, adapter)
+    low = {
+        path: low._replace(kind=sites[path].kind) if path in sites else low
+        for path, low in adapter.lowrank.items()
+    }
     return replace(adapter, lowrank=low)
 
 
-def _low_problem(module: nn.Module | None, path: str, low: LowRank) -> str:
-    if module is None:
-        return f"{path}: the base has no such module"
-    kind = kind_of(module)
-    if kind is None or (kind == "embedding") != (low.kind == "embedding"):
-        return (
-            f"{path}: the base has a {type(module).__name__}, the adapter is for a layer of kind {low.kind}"
-        )
-    shape, want = KINDS[kind].features(module), (low.A.shape[1], low.B.shape[0])
-    return (
-        ""
-        if shape == want
-        else f"{path}: the base's weight is {shape[1]} x {shape[0]}, the adapter's {want[1]} x {want[0]}"
-    )
+def _low_problem(modules: Mapping[str, nn.Module], path: str, low: LowRank) -> str:
+    site = find_site(modules, path)
+    if site is None:
+        if path not in modules:
+            return f"{path}: the base has no such module"
+        return f"{path}: the base has a {type(modules[path]).__name__}, which carries no update"
+    alike = {"linear": "matrix", "transposed": "matrix"}
+    if alike.get(site.kind, site.kind) != alike.get(low.kind, low.kind):
+        has = type(modules[site.owner]).__name__
+        return f"{path}: the base has a {has}, the adapter is for a layer of kind {low.kind}"
+    (features, out), blocks = site.shape, site.blocks
+    has = (out, features, blocks, site.kernel)
+    want = (low.B.shape[0] // low.blocks, low.A.shape[1], low.blocks, low.kernel)
+    return "" if has == want else f"{path}: the base's weight is {_size(has)}, the adapter's {_size(want)}"
 
 
-def _wrap(model: nn.Module, adapter: Adapter) -> None:
-    """Wrap what the adapter touches and nothing has wrapped yet: an update inside, a stand-in around it."""
+def _size(shape: tuple[int, int, int, tuple[int, ...]]) -> str:
+    out, features, blocks, kernel = shape
+    more = f", {blocks} times" if blocks > 1 else ""
+    return f"{out} x {features}{more}{f' (kernel {kernel})' if kernel else ''}"
+
+
+def _wrap(model: nn.Module, adapter: Adapter, sites: Iterable[Site]) -> None:
+    """Wrap what the adapter touches and nothing has wrapped yet: updates inside, a stand-in around them."""
+    owners: dict[tuple[str, bool], LayerKind] = {
+        (site.owner, is_parameter(site.kind)): site.kind for site in sites
+    }
     layers = {
         module: LoraLayer(module, kind).train(module.training)
         for path, module, around in walk(model)
-        if path in adapter.lowrank and not _has(around, LoraLayer) and (kind := kind_of(module))
+        if (kind := owners.get((path, False))) and not _has(around, LoraLayer)
     }
     _replace(model, layers)
+    parameters = {
+        module: ParameterLayer(module).train(module.training)
+        for path, module, around in walk(model)
+        if (path, True) in owners and not _has(around, ParameterLayer)
+    }
+    _replace(model, parameters)
     stands = {
         outer: TrainedModule(outer).train(outer.training)
         for path, module, around in walk(model)
@@ -194,13 +224,31 @@ def _stand_in(base: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters on a model, by the names of `Adapter.tensors`, sorted."""
     _require(model, name)
-    found: dict[str, nn.Parameter] = {}
-    for path, module in _wrappers(model):
-        if isinstance(module, LoraLayer) and (slot := module.slot(name)) is not None:
-            found |= {f"{path}.A": slot.A, f"{path}.B": slot.B}
-        elif isinstance(module, TrainedModule) and (twin := module.copy(name)) is not None:
-            found |= {f"{path}.{key}": parameter for key, parameter in twin.named_parameters()}
+    found = {
+        f"{p}.{key}": t
+        for p, slot in _slots(model, name).items()
+        for key, t in slot.named_parameters(recurse=False)
+    }
+    for path, twin in _copies(model, name).items():
+        found |= {f"{path}.{key}": parameter for key, parameter in twin.named_parameters()}
     return dict(sorted(found.items()))
+
+
+def _slots(model: nn.Module, name: str) -> dict[str, Slot]:
+    """An adapter's slots by the paths of its updates."""
+    found: dict[str, Slot] = {}
+    for path, wrapper in _wrappers(model):
+        if isinstance(wrapper, LoraLayer) and (slot := wrapper.slot(name)) is not None:
+            found[path] = slot
+        elif isinstance(wrapper, ParameterLayer):
+            found |= {f"{path}.{key}" if path else key: s for key, s in (wrapper.slot(name) or {}).items()}
+    return found
+
+
+def _copies(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The modules that an adapter trains in full, by path."""
+    found = {path: w.copy(name) for path, w in _wrappers(model) if isinstance(w, TrainedModule)}
+    return {path: twin for path, twin in found.items() if twin is not None}
 
 
 def _wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
@@ -223,15 +271,16 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     """The adapter as it is on the model now, as a value of its own: `extract(inject(m, a)) == a`."""
     _require(model, name)
     card = _cards(model)[name]
-    low: dict[str, LowRank] = {}
-    full: dict[str, dict[str, Tensor]] = {}
-    for path, module in _wrappers(model):
-        if isinstance(module, LoraLayer) and (slot := module.slot(name)) is not None:
-            here = slot.low()
-            low[path] = here._replace(A=here.A.detach().cpu().clone(), B=here.B.detach().cpu().clone())
-        elif isinstance(module, TrainedModule) and (twin := module.copy(name)) is not None:
-            full[path] = {key: t.cpu().clone() for key, t in base_tensors(twin)}
+    low = {path: _detached(slot.low()) for path, slot in _slots(model, name).items()}
+    full = {
+        path: {key: t.cpu().clone() for key, t in base_tensors(twin)}
+        for path, twin in _copies(model, name).items()
+    }
     return Adapter(card.config, low, full, card.origin)
+
+
+def _detached(low: LowRank) -> LowRank:
+    return low._replace(**{name: tensor.detach().cpu().clone() for name, tensor in low.tensors().items()})
 
 
 def eject(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
@@ -240,9 +289,9 @@ def eject(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     for name in names:
         _require(model, name)
         for _, module in _wrappers(model):
-            if (module.slot(name) if isinstance(module, LoraLayer) else module.copy(name)) is not None:
+            if (module.copy if isinstance(module, TrainedModule) else module.slot)(name) is not None:
                 module.remove(name)
-    idle = [m for _, m in _wrappers(model) if not len(m.slots if isinstance(m, LoraLayer) else m.copies)]
+    idle = [m for _, m in _wrappers(model) if not (m.copies if isinstance(m, TrainedModule) else m.slots)]
     _replace(model, {module: module.base for module in idle})
     left = {name: card for name, card in _cards(model).items() if name not in names}
     model.__dict__.pop(_ATTRIBUTE, None)

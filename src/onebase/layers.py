@@ -5,7 +5,8 @@ Which adapter a call uses is a context variable, so two threads or two requests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast, final
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onebase.adapter import LayerKind, LowRank
+from onebase.adapter import LayerKind, LowRank, joined, parted
 from onebase.errors import AdapterNameError
-from onebase.ops.lowrank import effective_weight, lowrank, lowrank_rows
+from onebase.kinds import KINDS, as_rows, merged_weight, over_channels
+from onebase.ops.lowrank import row_norms
 
 
 class Selection(NamedTuple):
@@ -49,100 +51,48 @@ def selection() -> Selection:
         ) from None
 
 
-class Kind(NamedTuple):
-    """How one sort of base layer meets its update."""
-
-    accepts: Callable[[nn.Module], bool]
-    features: Callable[[Any], tuple[int, int]]  # (in, out)
-    delta: Callable[
-        [Any, Tensor, LowRank], Tensor
-    ]  # (base layer, input, update) -> what is added to its output
-    transposed: bool  # the base stores (in, out) instead of (out, in)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, told by its structure: a 2-D (in, out) weight and `nf` = out."""
-    weight = getattr(module, "weight", None)
-    return (
-        hasattr(module, "nf")
-        and isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and weight.shape[1] == module.nf
-    )
-
-
-def _linear_delta(_: nn.Module, x: Tensor, low: LowRank) -> Tensor:
-    return lowrank(x, low.A, low.B, low.scale)
-
-
-def _embedding_delta(base: nn.Embedding, ids: Tensor, low: LowRank) -> Tensor:
-    """Gemma's embeddings multiply their output by `embed_scale`; the update must be multiplied too."""
-    return lowrank_rows(ids, low.A, low.B, low.scale) * getattr(base, "embed_scale", 1.0)
-
-
-def _linear_shape(m: nn.Linear) -> tuple[int, int]:
-    return m.in_features, m.out_features
-
-
-def _stored_shape(m: nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that stores its weight so: Conv1D, and an embedding (vocabulary, width)."""
-    rows, columns = cast("Tensor", m.weight).shape
-    return rows, columns
-
-
-def _is(layer_type: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    return lambda module: isinstance(module, layer_type)
-
-
-KINDS: dict[LayerKind, Kind] = {
-    "linear": Kind(_is(nn.Linear), _linear_shape, _linear_delta, transposed=False),
-    "conv1d": Kind(_is_conv1d, _stored_shape, _linear_delta, transposed=True),
-    "embedding": Kind(_is(nn.Embedding), _stored_shape, _embedding_delta, transposed=True),
-}
-
-
-def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind of a base layer, None where it cannot carry an update."""
-    return next((name for name, kind in KINDS.items() if kind.accepts(module)), None)
-
-
-def merged_weight(weight: Tensor, low: LowRank) -> Tensor:
-    """W + s·B·A in the base layer's own orientation."""
-    if KINDS[low.kind].transposed:
-        return effective_weight(weight.T, low.A, low.B, low.scale).T
-    return effective_weight(weight, low.A, low.B, low.scale)
-
-
 def _key(name: str) -> str:
     """A ModuleDict key for any adapter name (its keys must hold no dot and shadow no method)."""
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
+def _name(key: str) -> str:
+    """The name that `_key` made this of."""
+    return key[1:].replace("%2E", ".").replace("%25", "%")
+
+
 @final
 class Slot(nn.Module):
-    """One adapter's factors at one layer."""
+    """One adapter's update at one site: the tensors that are trained, and those of its start that are held fixed."""
 
-    def __init__(self, low: LowRank, dropout: float) -> None:
+    def __init__(self, low: LowRank, dropout: float, held: bool = False) -> None:
         super().__init__()
-        self.A = nn.Parameter(low.A.clone(), requires_grad=False)
-        self.B = nn.Parameter(low.B.clone(), requires_grad=False)
-        self.scale, self.dropout = low.scale, dropout
-        self.kind: LayerKind = low.kind
+        trained, start = parted(low, low.rank // 2) if held else (low, None)
+        for name, tensor in trained.tensors().items():
+            setattr(self, name, nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), False))
+        self.start = nn.ParameterList([start.A.clone(), start.B.clone()] if start else [])
+        self.start.requires_grad_(False)
+        self.scale, self.dropout, self.kind = low.scale, dropout, low.kind
+        self._fixed = trained._replace(**dict.fromkeys(trained.tensors()))
 
     def low(self) -> LowRank:
-        """The factors, attached to autograd."""
-        return LowRank(self.A, self.B, self.scale, self.kind)
+        """The update, attached to autograd."""
+        low = self._fixed._replace(**dict(self.named_parameters(recurse=False)))
+        if not len(self.start):
+            return low
+        a, b = self.start
+        return joined(low, low._replace(A=a, B=b))
 
 
-@final
-class LoraLayer(nn.Module):
-    """A base layer (Linear, Conv1D or Embedding) and the slots of the adapters that target it."""
+class _Wrapper(nn.Module):
+    """A module of the base and what stands beside it; answers for the base module in all else."""
 
-    def __init__(self, base: nn.Module, kind: LayerKind) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.kind: LayerKind = kind
-        self.slots = nn.ModuleDict()
+        # nn.TransformerEncoderLayer, in eval mode, passes its layers' weights to a fused kernel and would never
+        # call us. It does not where a module has a hook; torch has no other way to tell it.
+        self.register_forward_pre_hook(_nothing)
 
     def __getattr__(self, name: str) -> Any:
         # Models read `.weight`, `.in_features` and the like of their layers: answer as the base layer would.
@@ -151,24 +101,54 @@ class LoraLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    def device(self) -> torch.device:
+        """Where the base module is."""
+        return next(self.base.parameters()).device
+
+
+def _nothing(module: nn.Module, arguments: Any) -> None:
+    return None
+
+
+@final
+class LoraLayer(_Wrapper):
+    """A base layer (linear, embedding or convolution) and the slots of the adapters that target it."""
+
+    def __init__(self, base: nn.Module, kind: LayerKind) -> None:
+        super().__init__(base)
+        self.kind: LayerKind = kind
+        self.slots = nn.ModuleDict()
+
     def slot(self, name: str) -> Slot | None:
         """The slot of an adapter, None where it does not target this layer."""
         key = _key(name)
         return cast("Slot", self.slots[key]) if key in self.slots else None
 
-    def add(self, name: str, low: LowRank, dropout: float) -> None:
+    def add(self, name: str, slot: Slot) -> None:
         """Give an adapter a slot, on the base layer's device."""
-        device = next(self.base.parameters()).device
-        self.slots[_key(name)] = Slot(low, dropout).to(device).train(self.training)
+        self.slots[_key(name)] = slot.to(self.device()).train(self.training)
 
     def remove(self, name: str) -> None:
         """Take an adapter's slot away."""
         del self.slots[_key(name)]
 
-    def _delta(self, slot: Slot, x: Tensor) -> Tensor:
+    def _delta(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to the base's output y."""
+        low = slot.low()
         if slot.dropout and self.training and self.kind != "embedding":
             x = F.dropout(x, slot.dropout)
-        return KINDS[self.kind].delta(self.base, x, slot.low())
+        delta = KINDS[self.kind].product(self.base, x, low)
+        if low.bias is not None:
+            delta = delta + over_channels(low.bias, low) * low.scale
+        return delta if low.magnitude is None else self._given_norms(low, delta, y)
+
+    def _given_norms(self, low: LowRank, delta: Tensor, y: Tensor) -> Tensor:
+        """DoRA: the layer's output without its bias, y + delta, times magnitude / norm; less y itself."""
+        assert low.magnitude is not None
+        ratio = over_channels(low.magnitude / row_norms(as_rows(self.weight, low), low.factors), low)
+        bias = getattr(self.base, "bias", None)
+        plain = y if bias is None else y - over_channels(bias, low)
+        return (ratio - 1) * plain + ratio * delta
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output plus the chosen adapter's update, in the base's output dtype."""
@@ -177,26 +157,107 @@ class LoraLayer(nn.Module):
             for name, rows in chosen.groups(x.shape[0]):
                 if (slot := self.slot(name)) is not None:
                     rows = rows.to(x.device)
-                    y = y.index_copy(0, rows, (y[rows] + self._delta(slot, x[rows])).to(y.dtype))
+                    own = y[rows]
+                    y = y.index_copy(0, rows, (own + self._delta(slot, x[rows], own)).to(y.dtype))
             return y
         slot = self.slot(chosen.name) if chosen.name is not None else None
-        return y if slot is None else (y + self._delta(slot, x)).to(y.dtype)
+        return y if slot is None else (y + self._delta(slot, x, y)).to(y.dtype)
 
 
 @final
-class TrainedModule(nn.Module):
+class ParameterLayer(_Wrapper):
+    """A module that uses parameters of its own (attention inputs, experts), and the slots for them.
+
+    A call runs the module's own code with W + s·B·A where W stood: on a shallow copy, so the base is not touched.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.slots = nn.ModuleDict()  # adapter -> parameter -> Slot
+
+    def slot(self, name: str) -> dict[str, Slot] | None:
+        """An adapter's slots by parameter, None where it targets none here."""
+        key = _key(name)
+        if key not in self.slots:
+            return None
+        held = cast("nn.ModuleDict", self.slots[key])
+        return {_name(parameter): cast("Slot", slot) for parameter, slot in held.items()}
+
+    def add(self, name: str, parameter: str, slot: Slot) -> None:
+        """Give an adapter a slot for one of the parameters, on the base's device."""
+        key = _key(name)
+        if key not in self.slots:
+            self.slots[key] = nn.ModuleDict()
+        cast("nn.ModuleDict", self.slots[key])[_key(parameter)] = slot.to(self.device()).train(self.training)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter's slots away."""
+        del self.slots[_key(name)]
+
+    def _changed(self, name: str) -> nn.Module:
+        slots = self.slot(name)
+        if slots is None:
+            return self.base
+        return _with_tensors(
+            self.base, {p: merged_weight(self.base.get_parameter(p), s.low()) for p, s in slots.items()}
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with the chosen adapter's parameters."""
+        chosen = selection()
+        if chosen.rows is None:
+            return (self.base if chosen.name is None else self._changed(chosen.name))(*args, **kwargs)
+        result = self.base(*args, **kwargs)
+        for name, rows in chosen.groups(len(chosen.rows)):
+            if (
+                self.slot(name) is not None
+            ):  # the whole batch once for each adapter: rows may not be apart inside
+                result = self._with_rows(result, self._changed(name)(*args, **kwargs), rows)
+        return result
+
+    def _with_rows(self, all_rows: Any, own: Any, rows: Tensor) -> Any:
+        """Each tensor of the module's result with an adapter's rows put in."""
+        if not isinstance(self.base, nn.MultiheadAttention):
+            return _put_rows(all_rows, own, rows, 0)
+        sequence = _put_rows(all_rows[0], own[0], rows, 0 if self.base.batch_first else 1)
+        return sequence, None if own[1] is None else _put_rows(all_rows[1], own[1], rows, 0)
+
+
+def _put_rows(all_rows: Tensor, own: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """`own` in place of the named rows; where a batch was flattened to tokens, each row stands for its tokens."""
+    chosen = selection().rows
+    assert chosen is not None
+    if all_rows.shape[dim] % len(chosen):
+        found = f"the batch has {all_rows.shape[dim]} rows or tokens"
+        raise AdapterNameError(f"{len(chosen)} adapter names for a batch", found)
+    each = all_rows.shape[dim] // len(chosen)
+    places = (rows[:, None] * each + torch.arange(each)).flatten().to(all_rows.device)
+    return all_rows.index_copy(dim, places, own.index_select(dim, places))
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A shallow copy of a module that shares all but the named parameters (dots lead into modules inside)."""
+    twin = copy.copy(module)
+    twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)  # pyright: ignore[reportPrivateUsage]
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            inside = twin._modules[child]  # pyright: ignore[reportPrivateUsage]
+            assert inside is not None
+            twin._modules[child] = _with_tensors(inside, {rest: tensor})  # pyright: ignore[reportPrivateUsage]
+        else:
+            del twin._parameters[name]  # pyright: ignore[reportPrivateUsage]
+            twin.__dict__[name] = tensor
+    return twin
+
+
+@final
+class TrainedModule(_Wrapper):
     """A base module and, for each adapter that trains it in full, a float32 copy that stands in for it."""
 
     def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.copies = nn.ModuleDict()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def copy(self, name: str) -> nn.Module | None:
         """An adapter's copy, None where it has none here."""
@@ -229,7 +290,7 @@ def _call_wide(copy: nn.Module, x: Tensor) -> Tensor:
     return copy(x.float() if x.is_floating_point() else x)
 
 
-Wrapper = LoraLayer | TrainedModule
+Wrapper = LoraLayer | ParameterLayer | TrainedModule
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -21,7 +21,8 @@ from onebase.adapter import Adapter, LowRank
 from onebase.errors import AdapterNameError, BaseMismatch, OutputError, OutputExists
 from onebase.files import atomic_folder
 from onebase.injection import MERGED, adapter_names, fit_problems, with_kinds
-from onebase.layers import KINDS, base_modules, merged_weight
+from onebase.kinds import KINDS, merged_weight
+from onebase.layers import base_modules
 from onebase.shards import DTYPE_NAMES, DTYPES, INDEX, MAX_SHARD, SINGLE, TensorInfo
 
 PIECE = 1 << 20  # bytes of a tensor that are read, changed and written at a time: they stay in the cache

@@ -80,7 +80,7 @@ def to_peft(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": config.alphas,
         "use_rslora": config.rslora,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "fan_in_fan_out": any(low.kind == "conv1d" for low in adapter.lowrank.values()),
+        "fan_in_fan_out": any(low.kind == "transposed" for low in adapter.lowrank.values()),
         "bias": "none",
     }
 

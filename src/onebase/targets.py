@@ -10,23 +10,13 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from onebase.adapter import LayerKind
 from onebase.config import ALL_LINEAR, REGEX_PREFIX, LoraConfig, parse_layers
 from onebase.errors import TargetError, nearest
-from onebase.layers import KINDS, bare, base_modules, kind_of
+from onebase.kinds import KINDS, Site, Target, find_site
+from onebase.layers import bare, base_modules
 from onebase.variants import scaling
 
 V = TypeVar("V")
-
-
-class Target(NamedTuple):
-    """One module that gets an update; `shape` is (in, out)."""
-
-    path: str
-    kind: LayerKind
-    shape: tuple[int, int]
-    rank: int
-    scale: float
 
 
 class CoverageRow(NamedTuple):
@@ -54,7 +44,7 @@ class Coverage:
         for t in self.targets:
             stack, layer, rest = split_path(t.path)
             name = t.path if layer is None else f"{stack}.*.{rest}"
-            groups[name, t.shape, t.rank, t.scale].append(-1 if layer is None else layer)
+            groups[name, t.site.shape, t.rank, t.scale].append(-1 if layer is None else layer)
         return [
             CoverageRow(name, len(layers), _ranges(sorted(n for n in layers if n >= 0)), shape, rank, scale)
             for (name, shape, rank, scale), layers in groups.items()
@@ -94,23 +84,34 @@ def pattern_value(pattern: Mapping[str, V], path: str, default: V) -> V:
     return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def adaptable(model: nn.Module) -> dict[str, LayerKind]:
-    """Every module that can carry an update, by path; a module that stands in two places counts under the first.
+def adaptable(model: nn.Module) -> dict[str, Site]:
+    """Every place for an update, by path; a module that stands in two places counts under the first.
 
-    nn.MultiheadAttention reads its projection's weight without calling it, so an update there would have no
-    effect: its inside is left out.
+    nn.MultiheadAttention reads its projections' weights without calling a layer, so these are parameters.
     """
-    closed: tuple[str, ...] = ()
-    found: dict[str, LayerKind] = {}
+    modules = dict(base_modules(model))
+    inside: tuple[str, ...] = ()
+    found: dict[str, Site | None] = {}
     seen: set[nn.Module] = set()
-    for path, module in base_modules(model):
-        if isinstance(module, nn.MultiheadAttention):
-            closed = (*closed, path + ".")
-        kind = kind_of(module)
-        if kind is not None and module not in seen and not path.startswith(closed):
-            found[path] = kind
+    for path, module in modules.items():
+        if module in seen:
+            continue
         seen.add(module)
-    return found
+        if isinstance(module, nn.MultiheadAttention):
+            inside = (*inside, path + ".")
+            names = [
+                f"{path}.{n}" for n, p in module.named_parameters() if n.endswith("weight") and p.ndim == 2
+            ]
+            found |= {name: find_site(modules, name) for name in names}
+        elif not path.startswith(inside):
+            found[path] = find_site(modules, path)
+    return {path: site for path, site in found.items() if site is not None}
+
+
+def labels(path: str, site: Site) -> tuple[str, ...]:
+    """The paths by which a config may name a site: its own, and for a parameter its module's."""
+    inner = path.rpartition(".")[0]
+    return tuple(dict.fromkeys((path, inner, site.owner))) if site.kind.startswith("parameter") else (path,)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -135,8 +136,7 @@ def match(model: nn.Module, config: LoraConfig) -> Coverage:
     paths = _in_layers(paths, stacks, config.layers)
     if not paths and config.target_modules:
         raise TargetError(f"target_modules {_show(config.target_modules)}", "nothing is left to adapt")
-    modules = dict(base_modules(model))
-    targets = tuple(_target(modules[path], path, candidates[path], config) for path in paths)
+    targets = tuple(_target(path, candidates[path], config) for path in paths)
     _check_patterns(config, paths)
     uneven = () if config.target_modules == ALL_LINEAR else _uneven(paths, stacks, config.layers)
     return Coverage(targets, full, uneven)
@@ -146,27 +146,35 @@ def _show(spec: str | Sequence[str]) -> str:
     return spec if isinstance(spec, str) else ",".join(spec)
 
 
-def _matched(model: nn.Module, candidates: Mapping[str, LayerKind], config: LoraConfig) -> list[str]:
+def _matched(model: nn.Module, candidates: Mapping[str, Site], config: LoraConfig) -> list[str]:
     spec = config.target_modules
     if spec == ALL_LINEAR:
         head = output_head(model)
         modules = dict(base_modules(model))
-        return [p for p, kind in candidates.items() if kind != "embedding" and modules[p] is not head]
+        return [
+            path
+            for path, site in candidates.items()
+            if site.kind not in ("embedding", "conv") and modules[site.owner] is not head
+        ]
     if isinstance(spec, str):
-        found = [p for p in candidates if spec_matches(spec, p)]
+        found = [p for p, site in candidates.items() if _means(spec, p, site)]
         if not found:
             raise TargetError(
                 f"target_modules {spec}", "the pattern matches no module", _nearest_in(spec, candidates)
             )
         return found
-    unmatched = [name for name in spec if not any(name_matches(name, p) for p in candidates)]
+    unmatched = [n for n in spec if not any(_means([n], p, site) for p, site in candidates.items())]
     if unmatched:
         raise TargetError(
             f"target_modules {','.join(unmatched)}",
             "; ".join(_why_unmatched(model, name) for name in unmatched),
             dict.fromkeys(near for name in unmatched for near in _nearest_in(name, candidates)),
         )
-    return [p for p in candidates if spec_matches(spec, p)]
+    return [p for p, site in candidates.items() if _means(spec, p, site)]
+
+
+def _means(spec: str | Sequence[str], path: str, site: Site) -> bool:
+    return any(spec_matches(spec, label) for label in labels(path, site))
 
 
 def _nearest_in(name: str, paths: Iterable[str]) -> list[str]:
@@ -229,19 +237,14 @@ def _uneven(paths: Iterable[str], stacks: Mapping[str, set[int]], text: str) -> 
     )
 
 
-def _target(module: nn.Module, path: str, kind: LayerKind, config: LoraConfig) -> Target:
-    shape = KINDS[kind].features(module)
+def _target(path: str, site: Site, config: LoraConfig) -> Target:
     rank = pattern_value(config.ranks, path, config.rank)
-    if rank > min(shape):
-        found = f"the weight is {shape[1]} x {shape[0]}, so a rank above {min(shape)} adds nothing"
+    if rank > min(site.shape):
+        features, out = site.shape
+        found = f"the weight is {out} x {features}, so a rank above {min(site.shape)} adds nothing"
         raise TargetError(f"rank {rank} for {path}", found)
-    return Target(
-        path,
-        kind,
-        shape,
-        rank,
-        scaling(rank, pattern_value(config.alphas, path, config.alpha), config.rslora),
-    )
+    alpha = pattern_value(config.alphas, path, config.alpha)
+    return Target(path, site, rank, scaling(rank, alpha, config.rslora))
 
 
 def _check_patterns(config: LoraConfig, paths: Sequence[str]) -> None:

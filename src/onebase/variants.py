@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from onebase.adapter import LayerKind
+from onebase.adapter import LowRank
+from onebase.kinds import Target
 
 Init = Callable[[int, int, torch.Generator], Tensor]
 """(rank, in features, generator) -> A of shape (rank, in)."""
@@ -34,18 +35,23 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def start(
-    path: str, shape: tuple[int, int], rank: int, init: str, kind: LayerKind, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The A and B that a module starts with; B·A = 0, so the base's output does not change.
+def start(target: Target, init: str, seed: int) -> LowRank:
+    """The update that a target starts with; B·A = 0, so the base's output does not change.
 
-    `shape` is (in, out). Each module draws from a generator of its own, seeded by (seed, path), so that its
-    start does not depend on which other modules are adapted. An embedding starts the other way round, A = 0
-    and B normal, as in microsoft/LoRA and PEFT.
+    Each draws from a generator of its own, seeded by (seed, path), so that its start does not depend on which
+    other modules are adapted. An embedding starts the other way round, A = 0 and B normal, as in microsoft/LoRA
+    and PEFT.
     """
+    site, generator = target.site, generator_for(target.path, seed)
+    (features, out), ranks = site.shape, target.rank * site.blocks
+    if site.kind == "embedding":
+        a, b = torch.zeros(ranks, features), torch.randn(out, target.rank, generator=generator)
+    else:
+        a, b = INITS[init](ranks, features, generator), torch.zeros(site.blocks * out, target.rank)
+    return LowRank(a, b, target.scale, site.kind, site.blocks, site.kernel)
+
+
+def generator_for(path: str, seed: int) -> torch.Generator:
+    """Random numbers that depend on the seed and the path alone."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    features, out = shape
-    if kind == "embedding":
-        return torch.zeros(rank, features), torch.randn(out, rank, generator=generator)
-    return INITS[init](rank, features, generator), torch.zeros(out, rank)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -9,6 +9,7 @@ import torch
 from adapters import trained
 from onebase.adapter import Adapter, LowRank, Origin
 from onebase.config import LoraConfig
+from onebase.kinds import Site, Target
 from onebase.variants import scaling, start
 from tiny import tiny
 
@@ -42,7 +43,7 @@ CHANGES = {
     "last bit": lambda a: with_low(a, A=flipped(a.lowrank[PATH].A)),
     "dtype": lambda a: with_low(a, A=a.lowrank[PATH].A.double()),
     "scale": lambda a: with_low(a, scale=1.0),
-    "kind": lambda a: with_low(a, kind="conv1d"),
+    "kind": lambda a: with_low(a, kind="transposed"),
     "path": lambda a: replace(a, lowrank=renamed(a.lowrank)),
     "module": lambda a: replace(a, lowrank={p: w for p, w in a.lowrank.items() if p != PATH}),
     "full": lambda a: replace(a, full={}),
@@ -102,7 +103,8 @@ def test_scaling(rank, alpha, rslora, expected):
     ("kind", "init"), [("linear", "default"), ("linear", "gaussian"), ("embedding", "default")]
 )
 def test_the_start_has_no_effect_but_can_learn(kind, init):
-    a, b = start("some.path", (6, 5), 3, init, kind, seed=0)
+    target = Target("some.path", Site("some.path", "weight", kind, (6, 5)), 3, 1.0)
+    a, b = start(target, init, seed=0)[:2]
     assert (a.shape, b.shape) == ((3, 6), (5, 3))
     assert a.dtype == b.dtype == torch.float32
     assert not (b @ a).any()
@@ -111,7 +113,7 @@ def test_the_start_has_no_effect_but_can_learn(kind, init):
 
 def test_the_start_depends_on_seed_path_and_nothing_else():
     def draw(seed=0, path="p"):
-        return start(path, (6, 5), 3, "default", "linear", seed)[0]
+        return start(Target(path, Site(path, "weight", "linear", (6, 5)), 3, 1.0), "default", seed).A
 
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -24,7 +24,7 @@ from onebase.injection import (
     trainable,
     use,
 )
-from onebase.layers import merged_weight
+from onebase.kinds import merged_weight
 from onebase.models.base import wrap_base
 from tiny import CAUSAL, CONFIGS, output, some_ids, tiny
 

@@ -155,11 +155,12 @@ def test_names_in_the_adapter_mean_exactly_what_was_matched():
     assert full.target_modules == ("model.layers.1.self_attn.q_proj",)
 
 
-def test_multihead_attention_would_have_no_effect_and_is_left_out():
+def test_multihead_attention_is_adapted_through_its_parameters():
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
-    assert paths(model) == ["fc"]
-    with pytest.raises(TargetError, match="out_proj"):
-        paths(model, target_modules="out_proj")
+    inside = ["mha.in_proj_weight", "mha.out_proj.weight"]
+    assert paths(model) == [*inside, "fc"]
+    assert paths(model, target_modules="mha") == inside
+    assert paths(model, target_modules="out_proj") == inside[1:]
 
 
 @pytest.mark.parametrize("text", ["a", "3-1", "1-", "-2", "1,,2"])

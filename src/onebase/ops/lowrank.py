@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shape suffixes: i = in features, o = out features, r = rank, * = any leading sizes.
+# Shape suffixes: i = in features, o = out features, r = rank, g = blocks, * = any leading sizes.
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def effective_weight(weight_oi: Tensor, a_ri: Tensor, b_or: Tensor, scale: float) -> Tensor:
+class Factors(NamedTuple):
+    """s·B·A: A (g·r, i), B (g·o, r), and what s multiplies."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    blocks: int = 1
+
+
+def update(low: Factors) -> Tensor:
+    """s·B·A in full, (g·o, i); each of the g blocks of rows is the product of its own factors."""
+    if low.blocks == 1:
+        return low.scale * (low.B @ low.A)
+    a, b = (t.unflatten(0, (low.blocks, -1)) for t in (low.A, low.B))
+    return low.scale * (b @ a).flatten(0, 1)
+
+
+def effective_weight(weight_oi: Tensor, low: Factors, magnitude_o: Tensor | None = None) -> Tensor:
     """W + s·B·A, computed in float32 (float64 for float64) and cast once to W's dtype.
 
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
+    With a magnitude m (DoRA) each row is then given the norm m: m · (W + s·B·A) / |W + s·B·A|, where the norm counts
+    as a constant for gradients. Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+    equation 3; Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5 and section 4.3.
     """
-    wide = torch.promote_types(weight_oi.dtype, a_ri.dtype)
-    return (weight_oi.to(wide) + scale * (b_or @ a_ri)).to(weight_oi.dtype)
+    wide = torch.promote_types(weight_oi.dtype, low.A.dtype)
+    changed = weight_oi.to(wide) + update(low)
+    if magnitude_o is not None:
+        changed = changed * (magnitude_o / changed.detach().norm(dim=1))[:, None]
+    return changed.to(weight_oi.dtype)
 
 
-def lowrank(x_i: Tensor, a_ri: Tensor, b_or: Tensor, scale: float) -> Tensor:
+def row_norms(weight_oi: Tensor, low: Factors) -> Tensor:
+    """The norms |W + s·B·A| of the rows, (o,), a constant for gradients."""
+    with torch.no_grad():
+        return (weight_oi.to(low.A.dtype) + update(low)).norm(dim=1)
+
+
+def lowrank(x_i: Tensor, low: Factors) -> Tensor:
     """The update's part of a linear layer's output, in A's dtype.
 
     Semantics:
         y(*, o) = s · sum_r B(o, r) · sum_i A(r, i) · x(*, i)        (B·A is never formed)
     """
-    return F.linear(F.linear(x_i.to(a_ri.dtype), a_ri), b_or) * scale
+    return F.linear(F.linear(x_i.to(low.A.dtype), low.A), low.B) * low.scale
 
 
-def lowrank_rows(ids: Tensor, a_ri: Tensor, b_or: Tensor, scale: float) -> Tensor:
+def lowrank_rows(ids: Tensor, low: Factors) -> Tensor:
     """The update's part of an embedding's output: i counts the vocabulary, o the embedding's width.
 
     Semantics:
         y(*, o) = s · sum_r B(o, r) · A(r, ids(*))
     """
-    return F.linear(F.embedding(ids, a_ri.T), b_or) * scale
+    return F.linear(F.embedding(ids, low.A.T), low.B) * low.scale
+
+
+def lowrank_channels(h_r: Tensor, low: Factors, dimensions: int) -> Tensor:
+    """The second half of a convolution's update: h (*, r, positions) holds what A, as a kernel, made of the input.
+
+    Semantics, for each position:
+        y(o) = s · sum_r B(o, r) · h(r)
+    """
+    kernel = low.B.reshape(*low.B.shape, *(1,) * dimensions)
+    return CONVOLUTIONS[dimensions - 1](h_r, kernel) * low.scale

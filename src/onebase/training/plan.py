@@ -9,7 +9,8 @@ from torch import nn
 from onebase.config import TrainConfig
 from onebase.data.pack import step_rows, steps_per_epoch
 from onebase.data.template import Encoded
-from onebase.layers import KINDS, base_modules, kind_of
+from onebase.kinds import KINDS, kind_of
+from onebase.layers import base_modules
 from onebase.models.base import Base
 from onebase.targets import CoverageRow, output_head
 from onebase.training.loop import total_steps
@@ -44,7 +45,7 @@ class Plan:
 def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
     """Count what the run will train and take."""
     rows = ready.data.train_rows.rows
-    low = sum(target.rank * sum(target.shape) for target in ready.coverage.targets)
+    low = sum(target.rank * target.site.blocks * sum(target.site.shape) for target in ready.coverage.targets)
     modules = dict(base_modules(base.model))
     full = sum(p.numel() for path in ready.coverage.full for p in modules[path].parameters())
     return Plan(
@@ -72,10 +73,10 @@ def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
     """
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     size = next(base.model.parameters()).element_size()
-    kept = sum(sum(KINDS["linear"].features(m)) for m in _linears(base.model))
+    kept = sum(sum(KINDS["linear"].shape(m)) for m in _linears(base.model))
     tokens, losses = batch
     head = output_head(base.model)
-    vocabulary = KINDS[kind].features(head)[1] if head is not None and (kind := kind_of(head)) else 0
+    vocabulary = KINDS[kind].shape(head)[1] if head is not None and (kind := kind_of(head)) else 0
     return (
         _RUNTIME + weights + 16 * trainable + tokens * kept * (size + 4) + losses * vocabulary * (size + 12)
     )
