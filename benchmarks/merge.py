@@ -32,7 +32,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from onebase.format import save_adapter
-from onebase.merge import merge_files
+from onebase.merge_files import merge_files
 from onebase.models.base import locate_base
 from onebase.models.merging import open_skeleton, plan_merge
 from onebase.shards import list_tensors, read_tensor

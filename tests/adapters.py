@@ -33,9 +33,14 @@ def trained(model, config: LoraConfig, seed: int = 0) -> Adapter:
     def noise(tensor, size):
         return torch.randn(tensor.shape, generator=generator) * size
 
-    low = {p: w._replace(A=noise(w.A, 0.2), B=noise(w.B, 0.2)) for p, w in adapter.lowrank.items()}
+    def moved(low):
+        vectors = {n: t + noise(t, 0.2) for n, t in low.tensors().items() if n not in ("A", "B")}
+        return low._replace(A=noise(low.A, 0.2), B=noise(low.B, 0.2), **vectors)
+
+    low = {path: moved(one) for path, one in adapter.lowrank.items()}
     full = {p: {n: t + noise(t, 0.1) for n, t in state.items()} for p, state in adapter.full.items()}
-    return replace(adapter, lowrank=low, full=full)
+    tokens = {p: t._replace(rows=t.rows + noise(t.rows, 0.2)) for p, t in adapter.tokens.items()}
+    return replace(adapter, lowrank=low, full=full, tokens=tokens)
 
 
 def every_kind(model) -> LoraConfig:

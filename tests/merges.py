@@ -1,10 +1,13 @@
 """What the tests of merging share: the adapters that they merge, and folders as transformers saves and loads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from adapters import VARIANTS, every_kind, options_for
+from onebase.adapter import Adapter
 from onebase.config import LoraConfig
 from onebase.shards import list_tensors, read_tensor
 from tiny import CAUSAL, CONFIGS, tiny
@@ -45,3 +48,18 @@ def same(some, others):
 def assert_same_outputs(some, others):
     """Equal to 3e-5 of the largest value: a random net multiplies float32's rounding by a hundred."""
     torch.testing.assert_close(some, others, rtol=0, atol=3e-5 * float(others.abs().max()))
+
+
+def stirred(adapter: Adapter, seed: int = 0) -> Adapter:
+    """The adapter with every tensor moved away from where it started, magnitudes and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(tensor):
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+
+    low = {
+        p: one._replace(**{n: moved(t) for n, t in one.tensors().items()})
+        for p, one in adapter.lowrank.items()
+    }
+    full = {p: {name: moved(t) for name, t in state.items()} for p, state in adapter.full.items()}
+    return replace(adapter, lowrank=low, full=full)

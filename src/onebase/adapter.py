@@ -50,6 +50,16 @@ class LowRank(NamedTuple):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+class TokenRows(NamedTuple):
+    """What stands in an embedding's rows for some tokens, in place of its own: rows (n, width), float32.
+
+    Rows, not differences (PEFT's trainable tokens). An id beyond the base's vocabulary is a new token.
+    """
+
+    ids: tuple[int, ...]
+    rows: Tensor
+
+
 def joined(first: LowRank, second: LowRank) -> LowRank:
     """One update of both ranks whose B·A is the sum of theirs; the first one's scale and other fields stay."""
     parts = (first, second)
@@ -64,6 +74,12 @@ def parted(low: LowRank, rank: int) -> tuple[LowRank, LowRank]:
     return low._replace(A=head, B=low.B[:, :rank]), low._replace(A=tail, B=low.B[:, rank:])
 
 
+def block(low: LowRank, number: int) -> LowRank:
+    """One block of an update as an update of its own, such as the one of a single expert."""
+    own = {name: t.unflatten(0, (low.blocks, -1))[number] for name, t in low.tensors().items()}
+    return low._replace(blocks=1, **own)
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter came from: what must be known to use it rightly, and what is good to know."""
@@ -73,6 +89,7 @@ class Origin:
     task: str = "CAUSAL_LM"  # PEFT's task_type; empty for none
     prompt: Mapping[str, Any] = field(default_factory=dict[str, Any])  # how training rendered a prompt
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])  # steps, data, settings
+    tokens: Mapping[str, int] = field(default_factory=dict[str, int])  # new to the tokenizer: text -> id
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +97,21 @@ class Adapter:
     """A set of low-rank updates, and the few modules that were trained in full.
 
     `lowrank` maps a module's path in the base to its update; `full` maps a module's path to that module's
-    own tensors. Two adapters are equal when their configs, origins and tensors are, bit for bit.
+    own tensors; `tokens` maps an embedding's path to the rows of some tokens. Two adapters are
+    equal when their configs, origins and tensors are, bit for bit.
     """
 
     config: LoraConfig
     lowrank: Mapping[str, LowRank]
     full: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Mapping[str, Tensor]])
     origin: Origin = Origin()
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a readable name: `path.A`, `path.B` and so on, or `path.<parameter>`."""
+        """Every tensor by a readable name: `path.A`, `path.B` and so on, `path.rows`, or `path.<parameter>`."""
         named = {f"{path}.{n}": t for path, low in self.lowrank.items() for n, t in low.tensors().items()}
-        return named | {f"{path}.{name}": t for path, state in self.full.items() for name, t in state.items()}
+        named |= {f"{path}.{name}": t for path, state in self.full.items() for name, t in state.items()}
+        return named | {f"{path}.rows": tokens.rows for path, tokens in self.tokens.items()}
 
     @property
     def parameters(self) -> int:
@@ -103,7 +123,10 @@ class Adapter:
             return NotImplemented
         mine, theirs = self.tensors(), other.tensors()
         facts = [
-            (a.config, a.origin, {p: low[2:6] for p, low in a.lowrank.items()})  # scale to kernel
+            (
+                *(a.config, a.origin, {p: low[2:6] for p, low in a.lowrank.items()}),  # scale to kernel
+                {p: tokens.ids for p, tokens in a.tokens.items()},
+            )
             for a in (self, other)
         ]
         return (

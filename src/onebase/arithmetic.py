@@ -5,158 +5,23 @@ All is computed in float64 and cast once to the factors' dtype. A result's scale
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from onebase.adapter import Adapter, LowRank, Origin
+from onebase.adapter import Adapter, LowRank, Origin, TokenRows, block
+from onebase.combining import METHODS, Part, cat, weighted_sum
 from onebase.config import LoraConfig, Recipe
 from onebase.errors import BaseMismatch, ConfigError
 from onebase.options import require
-
-# Shape suffixes: i = in features, o = out features, r = rank, n = adapters, * = any sizes.
-
-
-class Part(NamedTuple):
-    """One adapter's share in one module; `name` seeds its random draws."""
-
-    low: LowRank
-    weight: float
-    name: str
-
-    @property
-    def strength(self) -> float:
-        """What B·A is multiplied by: the adapter's weight times its own scale."""
-        return self.weight * self.low.scale
-
-
-Factors = tuple[Tensor, Tensor]  # A (r, i) and B (o, r), float64; the update is B·A
-Thin = Callable[[Tensor, Recipe, str], Tensor]
-Merge = Callable[[Sequence[Tensor], Sequence[float], Recipe], Tensor]
-
-
-class Method(NamedTuple):
-    """One way to combine the updates of a module."""
-
-    run: Callable[[Sequence[Part], Recipe], Factors]
-    reads: tuple[str, ...] = ()  # the options it uses; any other must be left at its default
-    same_rank: bool = False  # adapters that share a module must have one rank there
-    sums: bool = False  # a weighted sum without pruning: modules trained in full can follow
-
-
-def _everything(tensor: Tensor, recipe: Recipe, name: str) -> Tensor:
-    return tensor
-
-
-def _largest(tensor: Tensor, recipe: Recipe, name: str) -> Tensor:
-    """The share `density` of values that is largest in magnitude, 0 elsewhere (the trim of TIES)."""
-    count = int(recipe.density * tensor.numel())
-    if not count:
-        found = f"keeps none of the {tensor.numel()} values of {name.partition(':')[2]}"
-        raise ConfigError(f"option density={recipe.density}", found, hint="choose a larger density")
-    kept = torch.zeros(tensor.numel(), dtype=torch.bool)
-    kept[tensor.abs().flatten().topk(count).indices] = True
-    return tensor * kept.view_as(tensor)
-
-
-def _random(tensor: Tensor, recipe: Recipe, name: str) -> Tensor:
-    """Each value with probability `density`, divided by it, so that the expectation stays (DARE)."""
-    digest = hashlib.sha256(f"{recipe.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    kept = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) < recipe.density
-    return tensor * kept / recipe.density
-
-
-def _total(tensors: Sequence[Tensor], weights: Sequence[float], recipe: Recipe | None = None) -> Tensor:
-    return torch.stack([weight * tensor for tensor, weight in zip(tensors, weights, strict=True)]).sum(0)
-
-
-def _elected(tensors: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) -> Tensor:
-    """The mean of w·t over the adapters whose value has the elected sign (TIES); the weights have no vote.
-
-    Semantics, t (n, *):
-        sign(*) = +1 where sum_n t(n, *) >= 0, else -1        (frequency: the sum of sgn t)
-        out(*) = sum_n w(n) · t(n, *) · [sgn t(n, *) = sign(*)] / max(1, count_n [sgn t(n, *) = sign(*)])
-    """
-    stack = torch.stack(list(tensors))
-    votes = (stack if recipe.sign == "total" else stack.sign()).sum(0)
-    majority = torch.where(votes >= 0, 1.0, -1.0)
-    agree = stack.sign() == majority
-    return _total(list(stack * agree), weights) / agree.sum(0).clamp(min=1)
-
-
-def _on_factors(thin: Thin, merge: Merge) -> Callable[[Sequence[Part], Recipe], Factors]:
-    """Combine the As and the Bs apart, as PEFT does.
-
-    Each factor is weighted by sqrt|w·s|, A also by the sign of w·s. B·A of the result holds the cross terms
-    B_n·A_m, so it is not the weighted sum of the updates, unless there is one adapter alone.
-    """
-
-    def run(parts: Sequence[Part], recipe: Recipe) -> Factors:
-        roots = [math.sqrt(abs(part.strength)) for part in parts]
-        signed = [math.copysign(root, part.strength) for root, part in zip(roots, parts, strict=True)]
-        a = [thin(part.low.A.double(), recipe, f"{part.name}.A") for part in parts]
-        b = [thin(part.low.B.double(), recipe, f"{part.name}.B") for part in parts]
-        return merge(a, signed, recipe), merge(b, roots, recipe)
-
-    return run
-
-
-def _on_updates(thin: Thin, merge: Merge) -> Callable[[Sequence[Part], Recipe], Factors]:
-    """Combine the full updates s·B·A, (o, i) each, and keep the best fit of rank `recipe.rank`."""
-
-    def run(parts: Sequence[Part], recipe: Recipe) -> Factors:
-        full = [part.low.scale * (part.low.B.double() @ part.low.A.double()) for part in parts]
-        thinned = [thin(update, recipe, part.name) for update, part in zip(full, parts, strict=True)]
-        merged = merge(thinned, [part.weight for part in parts], recipe)
-        u, s, vh = torch.linalg.svd(merged, full_matrices=False)
-        return vh[: recipe.rank], u[:, : recipe.rank] * s[: recipe.rank]
-
-    return run
-
-
-def _cat(parts: Sequence[Part], recipe: Recipe) -> Factors:
-    """The exact weighted sum: the factors side by side, each A times w·s; the ranks add up."""
-    return (
-        torch.cat([part.strength * part.low.A.double() for part in parts], dim=0),
-        torch.cat([part.low.B.double() for part in parts], dim=1),
-    )
-
-
-def _svd(parts: Sequence[Part], recipe: Recipe) -> Factors:
-    """The best fit of rank `recipe.rank` to the weighted sum (Eckart and Young 1936), from the factors alone.
-
-    With B = Q_b·R_b and A^T = Q_a·R_a, the sum's singular values are those of the small R_b·R_a^T.
-    """
-    a, b = _cat(parts, recipe)
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    return vh[: recipe.rank] @ q_a.T, q_b @ u[:, : recipe.rank] * s[: recipe.rank]
-
-
-# Sources: linear, cat, svd: PEFT's add_weighted_adapter; ties: Yadav et al. 2023; dare: Yu et al. 2023.
-METHODS: dict[str, Method] = {
-    "cat": Method(_cat, sums=True),
-    "svd": Method(_svd, ("rank",), sums=True),
-    "linear": Method(_on_factors(_everything, _total), same_rank=True, sums=True),
-    "ties": Method(_on_factors(_largest, _elected), ("density", "sign"), same_rank=True),
-    "dare_linear": Method(_on_factors(_random, _total), ("density", "seed"), same_rank=True),
-    "dare_ties": Method(_on_factors(_random, _elected), ("density", "sign", "seed"), same_rank=True),
-    "magnitude_prune": Method(_on_factors(_largest, _total), ("density",), same_rank=True),
-    "ties_svd": Method(_on_updates(_largest, _elected), ("rank", "density", "sign")),
-    "dare_linear_svd": Method(_on_updates(_random, _total), ("rank", "density", "seed")),
-    "dare_ties_svd": Method(_on_updates(_random, _elected), ("rank", "density", "sign", "seed")),
-    "magnitude_prune_svd": Method(_on_updates(_largest, _total), ("rank", "density")),
-}
+from onebase.targets import name_matches
 
 
 def combine(
@@ -173,24 +38,29 @@ def combine(
     other shapes.
     """
     _check_call(adapters, weights, recipe)
+    _check_plain(adapters, "combine")
     _check_origins(adapters, allow_base_mismatch)
     parts = _parts(adapters, weights)
     _check_parts(parts, adapters, recipe)
     recipe = _ranked(parts, recipe)
     low = {path: _combined(path, here, recipe) for path, here in parts.items()}
-    full = _averages(adapters, weights, recipe)
-    return Adapter(_config(adapters, low), low, full, _origin(adapters, weights, recipe))
+    full, tokens = _full(adapters, weights, recipe), _tokens(adapters, weights, recipe)
+    return Adapter(_config(adapters, low), low, full, _origin(adapters, weights, recipe), tokens)
 
 
 def negate(adapter: Adapter) -> Adapter:
     """The adapter whose update is the opposite, to make a base forget a task (Ilharco et al. 2023).
 
-    Exact: only the sign of B turns, and `negate(negate(a)) == a`. Raises ConfigError where modules are trained in
-    full, whose opposite cannot be told without the base.
+    Exact: only the sign of B and of the biases turns, and `negate(negate(a)) == a`. Raises ConfigError where
+    something's opposite cannot be told without the base: modules and token rows trained in full, DoRA.
     """
-    if adapter.full:
-        raise ConfigError("negate modules that were trained in full", _some(adapter.full))
-    low = {path: update._replace(B=-update.B) for path, update in adapter.lowrank.items()}
+    _check_plain([adapter], "negate")
+    if whole := {**adapter.full, **adapter.tokens}:
+        raise ConfigError("negate modules or token rows that were trained in full", _some(whole))
+    low = {
+        path: update._replace(B=-update.B, bias=None if update.bias is None else -update.bias)
+        for path, update in adapter.lowrank.items()
+    }
     training = dict(adapter.origin.training)
     if not training.pop("negated", False):
         training["negated"] = True
@@ -227,8 +97,20 @@ def deviations(result: Adapter, adapters: Sequence[Adapter], weights: Sequence[f
 
 def _norm(parts: Sequence[Part]) -> float:
     """The Frobenius norm of the sum of the parts' updates."""
-    a, b = _cat(parts, Recipe())
-    return float(torch.linalg.norm(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T))
+    factors = [cat(one, Recipe()) for one in _by_block(parts)]
+    small = [torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T for a, b in factors]
+    return math.hypot(*(float(torch.linalg.norm(matrix)) for matrix in small))
+
+
+def _by_block(parts: Sequence[Part]) -> list[list[Part]]:
+    """The shares in each block of a module, apart; each draws from random numbers of its own."""
+    count = parts[0].low.blocks
+    if count == 1:
+        return [list(parts)]
+    return [
+        [part._replace(low=block(part.low, n), name=f"{part.name}#{n}") for part in parts]
+        for n in range(count)
+    ]
 
 
 def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Part]]:
@@ -241,42 +123,72 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, l
 
 
 def _combined(path: str, parts: Sequence[Part], recipe: Recipe) -> LowRank:
-    first = parts[0].low
+    first, run = parts[0].low, METHODS[recipe.method].run
     try:
-        a, b = (factor.to(first.A.dtype) for factor in METHODS[recipe.method].run(parts, recipe))
+        factors = [run(one, recipe) for one in _by_block(parts)]
+        a, b = (torch.cat(side).to(first.A.dtype) for side in zip(*factors, strict=True))
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  # the SVD met NaN or infinity
         a = b = torch.tensor(math.nan)
-    if not (a.isfinite().all() and b.isfinite().all()):
+    bias = _bias(parts)
+    if not all(tensor.isfinite().all() for tensor in (a, b, bias) if tensor is not None):
         hint = "choose smaller weights, or look for NaN in the adapters"
         raise ConfigError(f"combine {path}", "the result is not finite", hint=hint)
-    return LowRank(a, b, 1.0, first.kind)
+    return LowRank(a, b, 1.0, first.kind, first.blocks, first.kernel, bias)
 
 
-def _averages(
-    adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe
-) -> dict[str, dict[str, Tensor]]:
-    """Modules trained in full: sum of w·W, which is W0 + sum of w·(W - W0) where the weights sum to 1."""
-    owners: dict[str, list[tuple[float, Mapping[str, Tensor]]]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        for path, state in adapter.full.items():
-            owners.setdefault(path, []).append((weight, state))
-    for path, shares in owners.items():
-        total, asked = math.fsum(weight for weight, _ in shares), f"combine {path}, trained in full"
+def _bias(parts: Sequence[Part]) -> Tensor | None:
+    """What the updates add to the layer's bias, weighted; the result's scale is 1."""
+    held = [(part.low.bias, part.strength) for part in parts if part.low.bias is not None]
+    if not held:
+        return None
+    return weighted_sum([bias.double() for bias, _ in held], [s for _, s in held]).to(held[0][0].dtype)
+
+
+Shares = dict[str, list[tuple[float, Mapping[str, Tensor]]]]
+"""Path -> the weight and the tensors of each adapter that has some there in place of the base's."""
+
+
+def _averaged(shares: Shares, recipe: Recipe, what: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors that replace the base's W: sum of w·W, which is W0 + sum of w·(W - W0) where the weights sum to 1."""
+    for path, here in shares.items():
+        total, asked = math.fsum(weight for weight, _ in here), f"combine {path}, {what}"
         if not math.isclose(total, 1.0, rel_tol=1e-9):
             found = f"the weights of its adapters sum to {total:g}, which needs the base"
             raise ConfigError(asked, found, hint="let these weights sum to 1")
-        if len(shares) > 1 and not METHODS[recipe.method].sums:
+        if len(here) > 1 and not METHODS[recipe.method].sums:
             found = f"{recipe.method} cannot prune it without the base"
             raise ConfigError(asked, found, [name for name, row in METHODS.items() if row.sums])
     return {
         path: {
-            name: _total([state[name].double() for _, state in shares], [w for w, _ in shares]).to(
+            name: weighted_sum([state[name].double() for _, state in here], [w for w, _ in here]).to(
                 tensor.dtype
             )
-            for name, tensor in shares[0][1].items()
+            for name, tensor in here[0][1].items()
         }
-        for path, shares in owners.items()
+        for path, here in shares.items()
     }
+
+
+def _full(
+    adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe
+) -> dict[str, dict[str, Tensor]]:
+    shares: Shares = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, state in adapter.full.items():
+            shares.setdefault(path, []).append((weight, state))
+    return _averaged(shares, recipe, "trained in full")
+
+
+def _tokens(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe) -> dict[str, TokenRows]:
+    """Token rows, each path's of the same tokens (`_check_parts`)."""
+    shares: Shares = {}
+    ids: dict[str, tuple[int, ...]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, tokens in adapter.tokens.items():
+            ids[path] = tokens.ids
+            shares.setdefault(path, []).append((weight, {"rows": tokens.rows}))
+    made = _averaged(shares, recipe, "token rows")
+    return {path: TokenRows(ids[path], state["rows"]) for path, state in made.items()}
 
 
 def _check_call(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe) -> None:
@@ -293,6 +205,15 @@ def _check_call(adapters: Sequence[Adapter], weights: Sequence[float], recipe: R
             raise ConfigError(f"option {name}={getattr(recipe, name)}", found, readers)
 
 
+def _check_plain(adapters: Sequence[Adapter], what: str) -> None:
+    """Raise ConfigError where an update is no sum with the weight: DoRA also gives its rows new norms."""
+    shaped = {path: None for a in adapters for path, low in a.lowrank.items() if low.magnitude is not None}
+    if shaped:
+        found = f"it multiplies the weight's rows, which needs the base: {_some(list(shaped), 3)}"
+        hint = "rewrite it as plain LoRA first: onebase export --to portable --fit RANK; or merge it into the base"
+        raise ConfigError(f"{what} a DoRA adapter", found, hint=hint)
+
+
 def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> None:
     """What is recorded must agree; what an adapter does not record can agree with anything."""
     origins = [adapter.origin for adapter in adapters]
@@ -304,6 +225,11 @@ def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> No
     if any(prompt != prompts[0] for prompt in prompts):
         hint = "say whose the result is to be used with: --prompt-from FOLDER, or replace origin.prompt"
         raise ConfigError("adapters of different prompt formats", _some([str(p) for p in prompts]), hint=hint)
+    texts: dict[int, set[str]] = {}
+    for text, number in [item for origin in origins for item in origin.tokens.items()]:
+        texts.setdefault(number, set()).add(text)
+    if odd := [f"{number}: {' and '.join(sorted(own))}" for number, own in texts.items() if len(own) > 1]:
+        raise ConfigError("adapters that give new tokens the same ids", _some(odd))
     tasks = {origin.task for origin in origins if origin.task}
     if len(tasks) > 1:
         raise ConfigError("the adapters are for different tasks", ", ".join(sorted(tasks)))
@@ -319,11 +245,11 @@ def _differ(a: Origin, b: Origin) -> bool:
 
 def _check_parts(parts: Mapping[str, Sequence[Part]], adapters: Sequence[Adapter], recipe: Recipe) -> None:
     """The updates of a module must have one shape and kind; some methods want one rank too."""
-    forms: dict[str, set[Any]] = {
-        path: {(p.low.B.shape[0], p.low.A.shape[1], p.low.kind) for p in here} for path, here in parts.items()
-    }
+    forms: dict[str, set[Any]] = {path: {_form(part.low) for part in here} for path, here in parts.items()}
     problems: list[str] = []
     for adapter in adapters:
+        for path, tokens in adapter.tokens.items():
+            forms.setdefault(f"rows of {path}", set()).add(("of tokens", *tokens.ids))
         for path, state in adapter.full.items():
             form = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in state.items()))
             forms.setdefault(path, set()).add(form)
@@ -332,11 +258,25 @@ def _check_parts(parts: Mapping[str, Sequence[Part]], adapters: Sequence[Adapter
     problems += [f"{path}: {' and '.join(map(str, f))}" for path, f in forms.items() if len(f) > 1]
     if problems:
         raise BaseMismatch("the adapters do not fit one another", _some(problems))
+    biased = [path for path, here in parts.items() if any(part.low.bias is not None for part in here)]
+    if biased and not METHODS[recipe.method].sums:
+        able = [name for name, row in METHODS.items() if row.sums]
+        raise ConfigError(f"method {recipe.method} cannot prune what is added to a bias", _some(biased), able)
     ranks = {path: [part.low.rank for part in here] for path, here in parts.items()}
     uneven = [f"{path}: ranks {', '.join(map(str, r))}" for path, r in ranks.items() if len(set(r)) > 1]
     if METHODS[recipe.method].same_rank and uneven:
         able = [name for name, row in METHODS.items() if not row.same_rank]
         raise ConfigError(f"method {recipe.method} needs equal ranks", _some(uneven), able)
+
+
+def _form(low: LowRank) -> tuple[Any, ...]:
+    """What updates of one module must share: (out, in) of each block, and the kind; blocks and kernel where any."""
+    size = (low.B.shape[0] // low.blocks, low.A.shape[1], low.kind)
+    return (
+        *size,
+        *([f"{low.blocks} blocks"] if low.blocks > 1 else []),
+        *([low.kernel] if low.kernel else []),
+    )
 
 
 def _some(problems: Sequence[str] | Mapping[str, Any], count: int = 8) -> str:
@@ -359,7 +299,8 @@ def _ranked(parts: Mapping[str, Sequence[Part]], recipe: Recipe) -> Recipe:
 
 def _highest(parts: Sequence[Part], sums: bool) -> int:
     """The highest rank that an update can have: the weight's, and for a plain sum the ranks' sum."""
-    size = min(parts[0].low.B.shape[0], parts[0].low.A.shape[1])
+    low = parts[0].low
+    size = min(low.B.shape[0] // low.blocks, low.A.shape[1])
     return min(size, sum(part.low.rank for part in parts)) if sums else size
 
 
@@ -368,11 +309,19 @@ def _config(adapters: Sequence[Adapter], low: Mapping[str, LowRank]) -> LoraConf
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else adapters[0].config.rank
     odd = {f"^{re.escape(path)}": own for path, own in ranks.items() if own != rank}  # ^: this path alone
     configs = [adapter.config for adapter in adapters]
+    parameters = dict.fromkeys(name for config in configs for name in config.target_parameters)
     named = all(isinstance(c.target_modules, tuple) and not (c.exclude_modules or c.layers) for c in configs)
+    paths = [path for path in low if not any(name_matches(name, path) for name in parameters)]
     return LoraConfig(
         rank=rank,
         alpha=rank,
-        target_modules=sorted({n for c in configs for n in c.target_modules} if named else low),
+        target_modules=sorted({n for c in configs for n in c.target_modules} if named else paths),
+        target_parameters=list(parameters),
+        lora_bias=any(update.bias is not None for update in low.values()),
+        trainable_tokens=sorted(
+            {name for config in configs for name in config.trainable_tokens},
+            key=lambda name: (len(name), name),  # id:9 before id:10, as they are read back
+        ),
         rank_pattern=odd,
         alpha_pattern={key: float(own) for key, own in odd.items()},
         modules_to_save=sorted({name for config in configs for name in config.modules_to_save}),
@@ -388,6 +337,7 @@ def _origin(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recip
         fingerprint=known[0].fingerprint if len({origin.fingerprint for origin in known}) == 1 else "",
         task=next((origin.task for origin in origins if origin.task), ""),
         prompt=next((origin.prompt for origin in origins if origin.prompt), {}),
+        tokens={text: number for origin in origins for text, number in origin.tokens.items()},
         training={
             "combined": [dict(origin.training) for origin in origins],
             "weights": list(weights),

@@ -96,6 +96,9 @@ class LoraConfig:
         )
         require("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         require("init", self.init, self.init in get_args(Init), "one of " + ", ".join(get_args(Init)))
+        require(
+            "lora_bias", self.lora_bias, not (self.lora_bias and self.dora), "false with dora, as in PEFT"
+        )
         assign(
             self,
             alpha=float(self.alpha),
@@ -232,6 +235,7 @@ class OptimConfig:
     lora_plus: float = opt(
         1.0, "learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, suggests 16)"
     )
+    freeze_a: bool = opt(False, "train B alone and keep A as it starts (LoRA-FA, Zhang et al. 2023)")
     schedule: Literal["linear", "cosine", "constant"] = opt(
         "linear", "learning rate after warm-up (linear: the LoRA paper)"
     )
@@ -245,8 +249,16 @@ class OptimConfig:
     patience: int = opt(0, "stop after this many evaluations without improvement (0: never)")
     save_every: int = opt(0, "steps between checkpoints (0: at every evaluation)")
     keep: int = opt(2, "newest checkpoints to keep, besides the best")
-    attention: Literal["auto", "packed", "padded"] = opt(
-        "auto", "batches without padding where the model proves able, or always padded"
+    engine: Literal["auto", "engine", "packed", "padded"] = opt(
+        "auto",
+        "how rows are scored: engine (fused layers, written for speed and memory), packed (the model's own layers, "
+        "no padding), padded; auto takes the first that the model proves exact",
+    )
+    recompute: bool = opt(
+        False, "the engine keeps each layer's input alone and computes the rest twice: less memory, more time"
+    )
+    group_prompts: bool = opt(
+        False, "rows that share their prompt meet in a batch, where the engine computes the prompt once"
     )
 
     def __post_init__(self) -> None:
@@ -264,10 +276,10 @@ class OptimConfig:
             "linear, cosine or constant",
         )
         require(
-            "attention",
-            self.attention,
-            self.attention in ("auto", "packed", "padded"),
-            "auto, packed or padded",
+            "engine",
+            self.engine,
+            self.engine in ("auto", "engine", "packed", "padded"),
+            "auto, engine, packed or padded",
         )
 
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from torch import nn
 
 from onebase.adapter import Adapter
 from onebase.config import DataConfig, Sampling, build
-from onebase.data.pack import Batch, bucketed, pack, pad
 from onebase.data.read import Example, read_examples
 from onebase.data.template import Encoded, PromptFormat, encode
-from onebase.errors import BaseError
 from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.generation import answers, format_of
-from onebase.models.loss import loss_sum
-from onebase.models.packing import packed_attention, packing_problem
-
-Batcher = Callable[[Sequence[Encoded]], Batch]
+from onebase.models.scoring import Scorer, choose, loss_tokens, scorer
+from onebase.models.vocabulary import for_adapter
 
 
 @dataclass(frozen=True)
@@ -49,33 +43,13 @@ class Scores:
         return math.exp(min(self.loss, 700.0))
 
 
-def batcher(base: Base, attention: str) -> tuple[Batcher, str]:
-    """How rows become batches on this base, and `packed` or the reason why they are padded.
-
-    `attention` is auto (packed where the model proves able), packed (an error where it is not) or padded.
-    """
-    reason: str | None = "--attention padded"
-    if attention != "padded":
-        reason = packing_problem(base.model, base.pad_id)  # pyright: ignore[reportArgumentType]
-    if reason is None:
-        return pack, "packed"
-    if attention == "packed":
-        raise BaseError(f"packed batches on {base.ref}", reason, hint="use --attention auto")
-    return lambda rows: pad(rows, base.pad_id), reason
-
-
-def packing(base: Base, packed: bool) -> Any:
-    """The context in which batches of this kind run."""
-    return packed_attention(base.model) if packed else nullcontext()  # pyright: ignore[reportArgumentType]
-
-
-def mean_loss(model: nn.Module, rows: Sequence[Encoded], make: Batcher, batch_size: int) -> tuple[float, int]:
+def mean_loss(score: Scorer, rows: Sequence[Encoded], batch_size: int) -> tuple[float, int]:
     """The mean loss of the chosen adapter over all loss tokens of the rows, and their number."""
-    total, count = 0.0, 0
+    total = 0.0
     with torch.no_grad():
-        for batch in bucketed([len(row.ids) for row in rows], batch_size):
-            loss, tokens = loss_sum(model, make([rows[index] for index in batch]))
-            total, count = total + float(loss), count + tokens
+        for batch in score.batches(rows, batch_size):
+            total += float(score.loss([rows[index] for index in batch]))
+    count = loss_tokens(rows)
     return total / max(count, 1), count
 
 
@@ -88,15 +62,16 @@ def evaluate(
 ) -> Scores:
     """Score the base with this adapter (None: the plain base) on a file's rows; `options` as in DataConfig.
 
-    Without `sampling` nothing is generated: loss and perplexity only.
+    Without `sampling` nothing is generated: loss and perplexity only. Tokens that the adapter added are its own:
+    the plain base reads their texts as it always did.
     """
+    base = for_adapter(base, adapter)
     config = build(DataConfig, {"holdout": 0, **options})
     examples = read_examples(data, config) if isinstance(data, str) else list(data)
     encoded = encode(base.tokenizer, examples, config, base.stop_ids, base.context)  # pyright: ignore[reportArgumentType]
-    make, how = batcher(base, "auto")
+    way = choose(base, "auto", adapter)
     with injected(base.model, adapter, "evaluate"):
-        with packing(base, how == "packed"):
-            loss, tokens = mean_loss(base.model, encoded.rows, make, 16)
+        loss, tokens = mean_loss(scorer(base, way, "evaluate"), encoded.rows, 16)
         if sampling is None:
             return Scores(loss, tokens)
         known = adapter is not None and adapter.origin.prompt

@@ -7,8 +7,8 @@ metadata and a sidecar, onebase.json, never into adapter_config.json: older PEFT
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter, LowRank, Origin
+from onebase.adapter import Adapter, Origin
 from onebase.config import ALL_LINEAR
 from onebase.errors import (
     BaseMismatch,
@@ -28,20 +28,33 @@ from onebase.errors import (
     nearest,
 )
 from onebase.files import atomic_file, atomic_folder, write_text
-from onebase.injection import base_tensors, fit_problems, with_kinds
-from onebase.peft_config import from_peft, is_refused, saved_modules, target_spec, to_peft, type_problems
-from onebase.targets import adaptable, match, name_matches, pattern_value, spec_matches, split_path
-from onebase.variants import scaling
+from onebase.fitting import fit_problems, with_kinds
+from onebase.layers import base_modules
+from onebase.options import fits
+from onebase.peft_config import (
+    PLAIN_STARTS,
+    from_peft,
+    is_refused,
+    refusal_hint,
+    saved_modules,
+    target_spec,
+    to_peft,
+    type_problems,
+)
+from onebase.peft_tensors import (
+    comes_last,
+    lowrank_updates,
+    places,
+    sort_tensors,
+    target_names,
+    to_peft_tensors,
+    widens,
+    without_idle,
+)
+from onebase.peft_tokens import missing_rows, take_rows, to_peft_rows
+from onebase.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
 
 CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
-_PREFIX = "base_model.model."
-_SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (side, belongs to an embedding)
-    ".lora_A.weight": ("A", False),
-    ".lora_B.weight": ("B", False),
-    ".lora_embedding_A": ("A", True),
-    ".lora_embedding_B": ("B", True),
-}
-_BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
@@ -61,18 +74,22 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
     folder = Path(folder)
     origin = adapter.origin
     metadata = {"format": "pt", "onebase.base": origin.base, "onebase.base_fingerprint": origin.fingerprint}
+    stored = to_peft_tensors(adapter) | to_peft_rows(adapter)
     with atomic_file(folder / TENSORS) as temporary:
         # Copies, as safetensors refuses tensors that share memory and views that are not contiguous.
         layout = torch.contiguous_format
-        tensors = {n: t.clone(memory_format=layout) for n, t in _to_peft_tensors(adapter).items()}
+        tensors = {n: t.clone(memory_format=layout) for n, t in stored.items()}
         temporary.write_bytes(_serialised(tensors, metadata))
     sidecar = {
         "base": {"name": origin.base, "fingerprint": origin.fingerprint},
         "prompt": dict(origin.prompt),
         "training": dict(origin.training),
-    }
+    } | ({} if adapter.config.init in PLAIN_STARTS else {"start": adapter.config.init})
+    sidecar |= {"tokens": dict(origin.tokens)} if origin.tokens else {}
     write_text(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
-    write_text(folder / CONFIG, json.dumps(to_peft(adapter), indent=2, sort_keys=True) + "\n")
+    # In order, but for what stands inside: of rank_pattern's keys the first one that matches counts.
+    settings = dict(sorted(to_peft(adapter).items()))
+    write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -86,17 +103,6 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[start:]
-
-
-def _to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    names = {(side, embedding): end for end, (side, embedding) in _SIDES.items()}
-    tensors: dict[str, Tensor] = {}
-    for path, low in adapter.lowrank.items():
-        for side, tensor in (("A", low.A), ("B", low.B)):
-            tensors[_PREFIX + path + names[side, low.kind == "embedding"]] = tensor
-    for path, state in adapter.full.items():
-        tensors |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
-    return tensors
 
 
 class HasModel(Protocol):
@@ -123,8 +129,9 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    stored = read_stored(folder)
-    adapter, problems = stored.adapter, [*fit_problems(base.model, stored.adapter)]
+    stored = read_stored(folder, base.model)
+    adapter, problems = _with_added_tokens(stored, base.model), list[str]()
+    problems += fit_problems(base.model, adapter)
     wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
     problems += [
         f"{path}: missing: the config targets it, the file has no tensors for it" for path in wanted - given
@@ -132,11 +139,12 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     problems += [
         f"{path}: unexpected: the file has tensors, the config does not target it" for path in given - wanted
     ]
-    own = dict(base_tensors(base.model)) if stored.base_copies else {}
+    problems += missing_rows(dict(base_modules(base.model)), stored.raw, adapter.tokens)
+    own = _weights(base.model) if stored.base_copies else {}
     problems += [
         f"{name}: the adapter carries this base tensor, and it is not the base's"
         for name, tensor in stored.base_copies.items()
-        if name in own and not _same(tensor, own[name])
+        if name in own and name.removesuffix(".weight") not in adapter.full and not _same(tensor, own[name])
     ]
     theirs = adapter.origin.fingerprint
     if theirs and base.fingerprint and theirs != base.fingerprint and not allow_base_mismatch:
@@ -149,6 +157,29 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     return with_kinds(base.model, adapter)
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight by its full name, a tied one by each."""
+    found = {f"{path}.weight": getattr(m, "weight", None) for path, m in base_modules(model)}
+    return {name: weight.detach() for name, weight in found.items() if isinstance(weight, Tensor)}
+
+
+def _with_added_tokens(stored: Stored, model: nn.Module) -> Adapter:
+    """The adapter with the embeddings that have more rows than the base's as modules trained in full.
+
+    PEFT stores an embedding and a head whole where tokens were added to the vocabulary; a tied one comes once.
+    """
+    own = _weights(model) if stored.base_copies else {}
+    grown: dict[str, Tensor] = {}
+    for name, tensor in stored.base_copies.items():
+        if name in own and tensor.shape[1:] == own[name].shape[1:] and len(tensor) > len(own[name]):
+            tied = [n for n, w in own.items() if w.data_ptr() == own[name].data_ptr()]
+            grown |= {n.removesuffix(".weight"): tensor for n in tied if n not in grown}
+    adapter = stored.adapter
+    saved = (*adapter.config.modules_to_save, *(path for path in grown if path not in adapter.full))
+    full = {path: {"weight": tensor.float()} for path, tensor in grown.items()} | dict(adapter.full)
+    return replace(adapter, config=replace(adapter.config, modules_to_save=saved), full=full)
+
+
 def _same(copy: Tensor, own: Tensor) -> bool:
     """Equal at the coarser of the two dtypes: PEFT stores the copy in the dtype that the base was loaded in."""
     coarse = min((copy.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).bits)
@@ -159,16 +190,18 @@ def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set
     """The modules that PEFT would adapt for this config."""
     spec = target_spec(raw)
     if spec.targets == ALL_LINEAR:
-        return {target.path for target in match(model, adapter.config).targets}
+        undropped = replace(adapter.config, dropout=0.0)
+        return {target.path for target in match(model, undropped).targets}
     full = tuple(path + "." for path in adapter.full)
-    return {
+    found = {
         path
-        for path in adaptable(model)
-        if spec_matches(spec.targets, path)
-        and not (spec.excluded and spec_matches(spec.excluded, path))
+        for path, site in adaptable(model).items()
+        if any(spec_matches(spec.targets, one) for one in (path, site.owner))
+        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in (path, site.owner)))
         and (not spec.layers or split_path(path)[1] in spec.layers)
-        and not (path + ".").startswith(full)
     }
+    named = parameter_sites(dict(base_modules(model)), spec.parameters)
+    return {path for path in (*found, *named) if not (path + ".").startswith(full)}
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -176,53 +209,57 @@ def read_adapter(folder: str | Path) -> Adapter:
     return read_stored(folder).adapter
 
 
-def read_stored(folder: str | Path) -> Stored:
+def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
     """Read a folder that onebase or PEFT wrote. Raises MissingFile, or FormatError that lists every problem.
 
-    Factors are widened to float32, which is exact. Nothing is unpickled.
+    Factors are widened to float32, which is exact. Nothing is unpickled. The base's model, where it is known, tells
+    which parameters a stored update belongs to; else the order in the config does.
     """
     folder = Path(folder)
     raw = _read_config(folder)
     tensors, metadata = _read_tensors(folder)
     sidecar = _read_sidecar(folder, metadata)
-    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not _widens(t)]
+    modules = dict(base_modules(model)) if model is not None else None
+    raw = raw | _ordered_parameters(raw, sidecar, modules)
+    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
     if odd_types:
         raise _broken(folder, odd_types)
     problems = _tensor_problems(tensors)
-    lows, full, copies, odd = _sort_tensors(tensors, saved_modules(raw))
-    problems += odd
-    if not lows and not full:
+    rows = take_rows(tensors, raw)
+    parts = sort_tensors(rows.others, saved_modules(raw))
+    problems += parts.odd + rows.problems
+    if not parts.lows and not parts.full and not rows.tokens:
         problems.append("it holds no adapter tensor at all")
         raise _broken(folder, problems)
     try:
-        config = from_peft(raw, sorted(lows))
+        lows = without_idle(parts.lows, modules) if modules is not None else parts.lows
+        at = places([*lows], target_spec(raw), modules, ordered=bool(sidecar))
+        config = from_peft(raw, sorted(target_names(at)), sidecar.get("start", ""))
     except ConfigError as error:
         raise FormatError(f"read {folder / CONFIG}", str(error)) from error
-    lowrank: dict[str, LowRank] = {}
-    for path, sides in lows.items():
-        rank, alpha = (
-            pattern_value(config.ranks, path, config.rank),
-            pattern_value(config.alphas, path, config.alpha),
-        )
-        a, b = sides.get("A"), sides.get("B")
-        if a is None or b is None:
-            problems.append(f"{path}: lora_{'A' if a is None else 'B'} is missing")
-        elif a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-            problems.append(
-                f"{path}: A {tuple(a.shape)}, B {tuple(b.shape)}, but the config says rank {rank}"
-            )
-        else:
-            kind = (
-                "embedding"
-                if "embedding" in sides
-                else "transposed"
-                if raw.get("fan_in_fan_out")
-                else "linear"
-            )
-            lowrank[path] = LowRank(a, b, scaling(rank, alpha, config.rslora), kind)
+    lowrank, misfits = lowrank_updates(lows, at, config, raw)
+    problems += misfits
     if problems:
         raise _broken(folder, problems)
-    return Stored(Adapter(config, lowrank, full, _origin(raw, sidecar, metadata)), raw, copies)
+    origin = _origin(raw, sidecar, metadata)
+    return Stored(Adapter(config, lowrank, parts.full, origin, rows.tokens), raw, parts.copies)
+
+
+def _ordered_parameters(
+    raw: Mapping[str, Any], sidecar: Mapping[str, Any], modules: Mapping[str, nn.Module] | None
+) -> dict[str, Any]:
+    """`target_parameters` in the order in which their modules register them, which PEFT does not keep and onebase does.
+
+    Without the base it is known of transformers' experts, whose projection down comes last.
+    """
+    listed: list[str] = raw.get("target_parameters") or []
+    if modules is not None:
+        found = [*parameter_sites(modules, listed)]
+        key = {name: next((n for n, f in enumerate(found) if name_matches(name, f)), 0) for name in listed}
+        listed = sorted(listed, key=key.__getitem__)
+    elif not sidecar:
+        listed = sorted(listed, key=comes_last)
+    return {"target_parameters": listed} if listed else {}
 
 
 def _broken(folder: Path, problems: list[str]) -> FormatError:
@@ -238,9 +275,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     raw = _read_json(folder / CONFIG)
     unknown = [f"{key}={value!r}" for key, value in raw.items() if is_refused(key, value)]
     if unknown:
-        hint = "these settings change what the adapter computes; loading it as plain LoRA would be silently wrong"
+        asked = f"adapter {folder} uses settings that onebase does not compute"
         raise FormatError(
-            f"adapter {folder} uses settings that onebase does not compute", ", ".join(unknown), hint=hint
+            asked, ", ".join(unknown), hint=refusal_hint([text.partition("=")[0] for text in unknown])
         )
     if problems := type_problems(raw):
         raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
@@ -286,6 +323,10 @@ def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     sidecar = _read_json(folder / SIDECAR)
     odd = [name for name in ("base", "prompt", "training") if not isinstance(sidecar.get(name, {}), dict)]
+    if not fits(dict[str, int], sidecar.get("tokens", {})):
+        raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
+    if not isinstance(sidecar.get("start", ""), str):
+        raise FormatError(f"read {folder / SIDECAR}", "start must be a text")
     if odd:
         raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
     recorded, inside = (
@@ -298,49 +339,8 @@ def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return sidecar
 
 
-def _widens(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.itemsize <= 4
-
-
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.float().isfinite().all()]
-
-
-def _sort_tensors(
-    tensors: Mapping[str, Tensor], saved: tuple[str, ...]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """PEFT's flat names as (sides of each update, modules trained in full, copies of base tensors, odd names)."""
-    lows: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    full: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    copies: dict[str, Tensor] = {}
-    odd: list[str] = []
-    for key, tensor in tensors.items():
-        name, wide = key.removeprefix(_PREFIX), tensor.to(torch.float32)
-        end = next((end for end in _SIDES if name.endswith(end)), None)
-        path = _saved_path(name, saved)
-        if not key.startswith(_PREFIX):
-            odd.append(f"{key}: unexpected name")
-        elif end is not None:
-            side, embedding = _SIDES[end]
-            lows[name.removesuffix(end)][side] = wide
-            if embedding:
-                lows[name.removesuffix(end)]["embedding"] = wide
-        elif path:
-            full[path][name.removeprefix(path + ".")] = wide
-        elif name.endswith(_BASE_COPY):
-            copies[name.removesuffix(_BASE_COPY) + ".weight"] = tensor
-        elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")):
-            copies[name] = tensor  # PEFT adds these whenever it suspects a resized vocabulary
-        else:
-            odd.append(f"{key}: unexpected name")
-    return dict(lows), dict(full), copies, odd
-
-
-def _saved_path(name: str, saved: tuple[str, ...]) -> str:
-    """The path of the fully trained module that a tensor belongs to, empty if none."""
-    parts = name.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((path for path in paths if any(name_matches(one, path) for one in saved)), "")
 
 
 def _origin(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mapping[str, str]) -> Origin:
@@ -350,4 +350,5 @@ def _origin(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mappin
         task=raw.get("task_type") or "",
         prompt=sidecar.get("prompt", {}),
         training=sidecar.get("training", {}),
+        tokens=sidecar.get("tokens", {}),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from onebase.adapter import Adapter, LayerKind, LowRank, Origin
 from onebase.config import LoraConfig
 from onebase.errors import AdapterNameError, BaseMismatch, TargetError, nearest
-from onebase.kinds import Site, Target, find_site, is_parameter
+from onebase.fitting import fit_problems, sites_of, with_kinds
+from onebase.kinds import Site, is_parameter
 from onebase.layers import (
     ACTIVE,
     LoraLayer,
@@ -25,10 +26,21 @@ from onebase.layers import (
     Wrapper,
     bare,
     base_modules,
+    base_tensors,
     walk,
 )
-from onebase.targets import Coverage, match, name_matches
-from onebase.variants import start
+from onebase.targets import Coverage, match, names_for
+from onebase.tokens import (
+    ID_PREFIX,
+    TokenLayer,
+    add_tokens,
+    start_rows,
+    token_ids,
+    token_places,
+    token_slots,
+    token_targets,
+)
+from onebase.variants import check_start, is_held, start, stored_config
 
 MERGED = "onebase_merged"  # on the model: what unmerge puts back
 _ATTRIBUTE = "onebase_adapters"  # on the model: what extract needs besides the tensors
@@ -40,44 +52,60 @@ class _Card:
     origin: Origin
 
 
-def new_adapter(model: nn.Module, config: LoraConfig, seed: int = 0, origin: Origin | None = None) -> Adapter:
-    """A fresh adapter for a model, whose B·A is 0. Its config names the modules that were matched.
+def new_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    seed: int = 0,
+    origin: Origin | None = None,
+    seen: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """A fresh adapter for a model, whose output it leaves as it is. Its config names the modules that were matched.
 
-    Raises TargetError where a name, layer or pattern matches nothing, or matches unevenly across layers
-    (`adapter_for` takes a coverage as it is).
+    `seen` is what a start from data needs (eva, lora_ga): gathered in `calibration.observed`. A start that takes
+    something out of W (pissa, olora, lora_ga) gives updates of twice the rank, at the same scale, whose second half
+    stays fixed. Raises TargetError where a name, layer or pattern matches nothing, or matches unevenly across
+    layers (`adapter_for` takes a coverage as it is), and what `check_start` raises.
     """
     coverage = match(model, config)
     if coverage.uneven:
         raise TargetError(
             "target_modules", "; ".join(coverage.uneven), hint="say which layers are meant: layers=..."
         )
-    return adapter_for(model, coverage, config, seed, origin or Origin())
+    return adapter_for(model, coverage, config, seed, origin or Origin(), seen or {})
 
 
 def adapter_for(
-    model: nn.Module, coverage: Coverage, config: LoraConfig, seed: int, origin: Origin
+    model: nn.Module,
+    coverage: Coverage,
+    config: LoraConfig,
+    seed: int,
+    origin: Origin,
+    seen: Mapping[str, Tensor],
 ) -> Adapter:
     """A fresh adapter for targets that were matched before."""
-    low = {t.path: start(t, config.init, seed) for t in coverage.targets}
     modules = dict(base_modules(model))
+    check_start(config, coverage.targets, modules)
+    low = {t.path: start(t, config, seed, modules[t.site.owner], seen.get(t.path)) for t in coverage.targets}
     full = {path: _wide_state(modules[path]) for path in coverage.full}
-    names = _names_for(model, coverage.targets)
+    names = names_for(model, coverage.targets)
     resolved = replace(
-        config, target_modules=names, exclude_modules=(), layers="", modules_to_save=coverage.full
+        stored_config(config),
+        target_modules=names.modules,
+        target_parameters=names.parameters,
+        exclude_modules=(),
+        layers="",
+        modules_to_save=coverage.full,
+        trainable_tokens=[f"{ID_PREFIX}{token}" for token in token_ids(config)],
     )
-    return Adapter(resolved, low, full, origin)
+    tokens = {
+        path: start_rows(modules[path], ids, origin.tokens.values())
+        for path, ids in token_targets(model, config).items()
+    }
+    return Adapter(resolved, low, full, origin, tokens)
 
 
 def _wide_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in base_tensors(module)}
-
-
-def _names_for(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-    """Short names where they mean exactly these modules to every reader, else the full paths."""
-    wanted = {t.path for t in targets}
-    short = tuple(sorted({path.rsplit(".", 1)[-1] for path in wanted}))
-    meant = {path for path, _ in base_modules(model) if any(name_matches(name, path) for name in short)}
-    return short if meant == wanted else tuple(sorted(wanted))
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -116,12 +144,13 @@ def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Modu
     if problems:
         shown = [*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         raise BaseMismatch(f"adapter {name!r} does not fit this base", "\n  " + "\n  ".join(shown))
-    sites = _sites(model, adapter)
+    sites = sites_of(model, adapter)
     _wrap(model, adapter, sites.values())
+    add_tokens(model, name, adapter.tokens)
     adapter = with_kinds(model, adapter)
     wrappers = {(path, type(wrapper)): wrapper for path, wrapper in _wrappers(model)}
     for path, site in sites.items():
-        slot = Slot(adapter.lowrank[path], adapter.config.dropout)
+        slot = Slot(adapter.lowrank[path], adapter.config.dropout, is_held(adapter.config))
         if is_parameter(site.kind):
             cast("ParameterLayer", wrappers[site.owner, ParameterLayer]).add(name, site.name, slot)
         else:
@@ -133,66 +162,18 @@ def inject(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Modu
     return model
 
 
-def _sites(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
-    """Where each update goes; those that the base has no place for are left out."""
-    modules = dict(base_modules(model))
-    found = {path: find_site(modules, path) for path in adapter.lowrank}
-    return {path: site for path, site in found.items() if site}
-
-
-def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Why an adapter does not fit a model: a sentence for each module, none where it fits."""
-    modules = dict(base_modules(model))
-    found = [_low_problem(modules, path, low) for path, low in adapter.lowrank.items()]
-    for path, state in adapter.full.items():
-        own = base_tensors(modules[path]) if path in modules else ()
-        shapes = {n: tuple(t.shape) for n, t in state.items()}
-        if shapes != (has := {n: tuple(t.shape) for n, t in own}):
-            found.append(f"{path}: the adapter holds {shapes}, the base {has or 'no such module'}")
-    return [problem for problem in found if problem]
-
-
-def with_kinds(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with each update's kind as the base has it: a file has one flag for all of its layers."""
-    sites = _sites(model, adapter)
-    low = {
-        path: low._replace(kind=sites[path].kind) if path in sites else low
-        for path, low in adapter.lowrank.items()
-    }
-    return replace(adapter, lowrank=low)
-
-
-def _low_problem(modules: Mapping[str, nn.Module], path: str, low: LowRank) -> str:
-    site = find_site(modules, path)
-    if site is None:
-        if path not in modules:
-            return f"{path}: the base has no such module"
-        return f"{path}: the base has a {type(modules[path]).__name__}, which carries no update"
-    alike = {"linear": "matrix", "transposed": "matrix"}
-    if alike.get(site.kind, site.kind) != alike.get(low.kind, low.kind):
-        has = type(modules[site.owner]).__name__
-        return f"{path}: the base has a {has}, the adapter is for a layer of kind {low.kind}"
-    (features, out), blocks = site.shape, site.blocks
-    has = (out, features, blocks, site.kernel)
-    want = (low.B.shape[0] // low.blocks, low.A.shape[1], low.blocks, low.kernel)
-    return "" if has == want else f"{path}: the base's weight is {_size(has)}, the adapter's {_size(want)}"
-
-
-def _size(shape: tuple[int, int, int, tuple[int, ...]]) -> str:
-    out, features, blocks, kernel = shape
-    more = f", {blocks} times" if blocks > 1 else ""
-    return f"{out} x {features}{more}{f' (kernel {kernel})' if kernel else ''}"
-
-
 def _wrap(model: nn.Module, adapter: Adapter, sites: Iterable[Site]) -> None:
-    """Wrap what the adapter touches and nothing has wrapped yet: updates inside, a stand-in around them."""
+    """Wrap what the adapter touches and nothing has yet: updates inside, a stand-in around them, token rows outside."""
     owners: dict[tuple[str, bool], LayerKind] = {
         (site.owner, is_parameter(site.kind)): site.kind for site in sites
     }
     layers = {
-        module: LoraLayer(module, kind).train(module.training)
+        inner: LoraLayer(inner, kind).train(module.training)
         for path, module, around in walk(model)
         if (kind := owners.get((path, False))) and not _has(around, LoraLayer)
+        for inner in [one for one in (*around, module) if isinstance(one, ParameterLayer) or one is module][
+            :1
+        ]
     }
     _replace(model, layers)
     parameters = {
@@ -205,9 +186,17 @@ def _wrap(model: nn.Module, adapter: Adapter, sites: Iterable[Site]) -> None:
         outer: TrainedModule(outer).train(outer.training)
         for path, module, around in walk(model)
         if path in adapter.full and not _has(around, TrainedModule)
-        for outer in (around or (module,))[:1]
+        for outer in [one for one in (*around, module) if not isinstance(one, TokenLayer)][:1]
     }
     _replace(model, stands)
+    places = token_places(dict(base_modules(model)), adapter.tokens)
+    tokens = {
+        outer: TokenLayer(outer).train(outer.training)
+        for path, module, around in walk(model)
+        if path in places and not _has(around, TokenLayer)
+        for outer in (around or (module,))[:1]
+    }
+    _replace(model, tokens)
 
 
 def _has(around: Sequence[Wrapper], kind: type[Wrapper]) -> bool:
@@ -217,6 +206,10 @@ def _has(around: Sequence[Wrapper], kind: type[Wrapper]) -> bool:
 def _stand_in(base: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     twin = copy.deepcopy(base).to(torch.float32)
     _replace(twin, {wrapper: wrapper.base for _, wrapper in _wrappers(twin)})
+    if isinstance(twin, nn.Embedding | nn.Linear) and (rows := len(state["weight"])) != len(twin.weight):
+        for name, tensor in state.items():  # the vocabulary has grown
+            setattr(twin, name, nn.Parameter(torch.empty_like(tensor), False))
+        setattr(twin, "num_embeddings" if isinstance(twin, nn.Embedding) else "out_features", rows)
     twin.load_state_dict(state, strict=False)  # fit_problems compared the names; tied ones come once
     return twin
 
@@ -231,6 +224,7 @@ def trainable(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     }
     for path, twin in _copies(model, name).items():
         found |= {f"{path}.{key}": parameter for key, parameter in twin.named_parameters()}
+    found |= {f"{path}.rows": slot.rows for path, slot in token_slots(model, name).items()}
     return dict(sorted(found.items()))
 
 
@@ -276,7 +270,8 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         path: {key: t.cpu().clone() for key, t in base_tensors(twin)}
         for path, twin in _copies(model, name).items()
     }
-    return Adapter(card.config, low, full, card.origin)
+    tokens = {path: slot.tokens() for path, slot in token_slots(model, name).items()}
+    return Adapter(card.config, low, full, card.origin, tokens)
 
 
 def _detached(low: LowRank) -> LowRank:
@@ -357,13 +352,3 @@ def adapter_dropout(model: nn.Module) -> Generator[None]:
     finally:
         for layer, mode in zip(layers, before, strict=True):
             layer.training = mode
-
-
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's parameters and persistent buffers under their own names, adapters or not; tied ones once."""
-    seen: set[int] = set()
-    for path, module in base_modules(model):
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if "." not in name and id(tensor) not in seen:  # a dot: it belongs to a module inside this one
-                seen.add(id(tensor))
-                yield f"{path}.{name}" if path else name, tensor.detach()

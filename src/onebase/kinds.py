@@ -40,7 +40,7 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """A grouped one has no W that a single B·A could be added to (PEFT adapts it, and then cannot merge it)."""
+    """Not a grouped one: it has no W that a single B·A could be added to (PEFT adapts it, and then cannot merge it)."""
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
 
 
@@ -98,6 +98,14 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((name for name, kind in KINDS.items() if kind.accepts(module)), None)
 
 
+def why_not(module: nn.Module) -> str:
+    """What to say of a module that cannot carry an update."""
+    name = f"a {type(module).__name__}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f"{name} of {module.groups} groups, which has no single W that B·A could be added to"
+    return f"{name}, which carries no update (kinds: {', '.join(KINDS)})"
+
+
 def is_parameter(kind: LayerKind) -> bool:
     """Whether the update belongs to a parameter that its module uses without calling a layer."""
     return kind in ("parameter", "parameter_transposed")
@@ -130,14 +138,14 @@ class Target(NamedTuple):
 
 def find_site(modules: Mapping[str, nn.Module], path: str) -> Site | None:
     """The site of this path (a module's, or a parameter's full name) among a base's modules, None if there is none."""
-    if path in modules:
-        return _module_site(path, modules[path])
     owner, _, name = path.rpartition(".")
-    above, _, last = owner.rpartition(".")
-    if isinstance(
-        modules.get(above), nn.MultiheadAttention
-    ):  # it reads its projection's weight without a call
-        owner, name = above, f"{last}.{name}"
+    attention, _, inner = owner.rpartition(".")
+    if path in modules:
+        # nn.MultiheadAttention reads its projection's weight and never calls it: only that weight is a site.
+        read = isinstance(modules.get(owner), nn.MultiheadAttention)
+        return None if read else _module_site(path, modules[path])
+    if isinstance(modules.get(attention), nn.MultiheadAttention):
+        owner, name = attention, f"{inner}.{name}"
     return _parameter_site(owner, name, modules[owner]) if owner in modules else None
 
 
@@ -154,7 +162,8 @@ def _parameter_site(owner: str, name: str, module: nn.Module) -> Site | None:
         weight = module.get_parameter(name)
     except AttributeError:
         return None
-    if weight.ndim not in (2, 3) or not weight.is_floating_point():
+    # A parameter of the model itself has no module around it that could stand aside for a changed one.
+    if weight.ndim not in (2, 3) or not weight.is_floating_point() or not owner:
         return None
     # transformers marks experts that are stored (experts, in, out) so; PEFT reads the same mark.
     turned = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))

@@ -51,13 +51,13 @@ def selection() -> Selection:
         ) from None
 
 
-def _key(name: str) -> str:
+def slot_key(name: str) -> str:
     """A ModuleDict key for any adapter name (its keys must hold no dot and shadow no method)."""
     return "@" + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _name(key: str) -> str:
-    """The name that `_key` made this of."""
+    """The name that `slot_key` made this of."""
     return key[1:].replace("%2E", ".").replace("%25", "%")
 
 
@@ -84,7 +84,7 @@ class Slot(nn.Module):
         return joined(low, low._replace(A=a, B=b))
 
 
-class _Wrapper(nn.Module):
+class Wrapper(nn.Module):
     """A module of the base and what stands beside it; answers for the base module in all else."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -111,7 +111,7 @@ def _nothing(module: nn.Module, arguments: Any) -> None:
 
 
 @final
-class LoraLayer(_Wrapper):
+class LoraLayer(Wrapper):
     """A base layer (linear, embedding or convolution) and the slots of the adapters that target it."""
 
     def __init__(self, base: nn.Module, kind: LayerKind) -> None:
@@ -121,16 +121,16 @@ class LoraLayer(_Wrapper):
 
     def slot(self, name: str) -> Slot | None:
         """The slot of an adapter, None where it does not target this layer."""
-        key = _key(name)
+        key = slot_key(name)
         return cast("Slot", self.slots[key]) if key in self.slots else None
 
     def add(self, name: str, slot: Slot) -> None:
         """Give an adapter a slot, on the base layer's device."""
-        self.slots[_key(name)] = slot.to(self.device()).train(self.training)
+        self.slots[slot_key(name)] = slot.to(self.device()).train(self.training)
 
     def remove(self, name: str) -> None:
         """Take an adapter's slot away."""
-        del self.slots[_key(name)]
+        del self.slots[slot_key(name)]
 
     def _delta(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         """What is added to the base's output y."""
@@ -165,7 +165,7 @@ class LoraLayer(_Wrapper):
 
 
 @final
-class ParameterLayer(_Wrapper):
+class ParameterLayer(Wrapper):
     """A module that uses parameters of its own (attention inputs, experts), and the slots for them.
 
     A call runs the module's own code with W + s·B·A where W stood: on a shallow copy, so the base is not touched.
@@ -177,7 +177,7 @@ class ParameterLayer(_Wrapper):
 
     def slot(self, name: str) -> dict[str, Slot] | None:
         """An adapter's slots by parameter, None where it targets none here."""
-        key = _key(name)
+        key = slot_key(name)
         if key not in self.slots:
             return None
         held = cast("nn.ModuleDict", self.slots[key])
@@ -185,14 +185,16 @@ class ParameterLayer(_Wrapper):
 
     def add(self, name: str, parameter: str, slot: Slot) -> None:
         """Give an adapter a slot for one of the parameters, on the base's device."""
-        key = _key(name)
+        key = slot_key(name)
         if key not in self.slots:
             self.slots[key] = nn.ModuleDict()
-        cast("nn.ModuleDict", self.slots[key])[_key(parameter)] = slot.to(self.device()).train(self.training)
+        cast("nn.ModuleDict", self.slots[key])[slot_key(parameter)] = slot.to(self.device()).train(
+            self.training
+        )
 
     def remove(self, name: str) -> None:
         """Take an adapter's slots away."""
-        del self.slots[_key(name)]
+        del self.slots[slot_key(name)]
 
     def _changed(self, name: str) -> nn.Module:
         slots = self.slot(name)
@@ -217,18 +219,22 @@ class ParameterLayer(_Wrapper):
 
     def _with_rows(self, all_rows: Any, own: Any, rows: Tensor) -> Any:
         """Each tensor of the module's result with an adapter's rows put in."""
-        if not isinstance(self.base, nn.MultiheadAttention):
-            return _put_rows(all_rows, own, rows, 0)
-        sequence = _put_rows(all_rows[0], own[0], rows, 0 if self.base.batch_first else 1)
-        return sequence, None if own[1] is None else _put_rows(all_rows[1], own[1], rows, 0)
+        if isinstance(self.base, nn.MultiheadAttention) and not self.base.batch_first:
+            return _put_rows(all_rows[0], own[0], rows, 1), _put_rows(all_rows[1], own[1], rows, 0)
+        return _put_rows(all_rows, own, rows, 0)
 
 
-def _put_rows(all_rows: Tensor, own: Tensor, rows: Tensor, dim: int) -> Tensor:
+def _put_rows(all_rows: Any, own: Any, rows: Tensor, dim: int) -> Any:
     """`own` in place of the named rows; where a batch was flattened to tokens, each row stands for its tokens."""
+    if isinstance(all_rows, tuple | list):
+        pairs = zip(cast("list[Any]", all_rows), own, strict=True)
+        return tuple(_put_rows(one, other, rows, dim) for one, other in pairs)
+    if all_rows is None:
+        return None
     chosen = selection().rows
     assert chosen is not None
-    if all_rows.shape[dim] % len(chosen):
-        found = f"the batch has {all_rows.shape[dim]} rows or tokens"
+    if not all_rows.ndim or all_rows.shape[dim] % len(chosen):
+        found = f"a module's output of shape {tuple(all_rows.shape)} does not have them as rows"
         raise AdapterNameError(f"{len(chosen)} adapter names for a batch", found)
     each = all_rows.shape[dim] // len(chosen)
     places = (rows[:, None] * each + torch.arange(each)).flatten().to(all_rows.device)
@@ -252,7 +258,7 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 @final
-class TrainedModule(_Wrapper):
+class TrainedModule(Wrapper):
     """A base module and, for each adapter that trains it in full, a float32 copy that stands in for it."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -261,36 +267,46 @@ class TrainedModule(_Wrapper):
 
     def copy(self, name: str) -> nn.Module | None:
         """An adapter's copy, None where it has none here."""
-        key = _key(name)
+        key = slot_key(name)
         return self.copies[key] if key in self.copies else None
 
     def add(self, name: str, copy: nn.Module) -> None:
         """Let `copy` stand in for the base module while the adapter is active."""
-        self.copies[_key(name)] = copy.requires_grad_(False).train(self.training)
+        self.copies[slot_key(name)] = copy.requires_grad_(False).train(self.training)
 
     def remove(self, name: str) -> None:
         """Take an adapter's copy away."""
-        del self.copies[_key(name)]
+        del self.copies[slot_key(name)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The copy's output for the rows whose adapter has one, the base's for the others."""
+        """The copy's output for the rows whose adapter has one, the base's for the others.
+
+        A copy may have more rows than the base (added tokens): other rows of the batch get -inf for these.
+        """
         chosen = selection()
         if chosen.rows is not None:
-            y = self.base(x)
-            for name, rows in chosen.groups(x.shape[0]):
-                if (copy := self.copy(name)) is not None:
-                    rows = rows.to(x.device)
-                    y = y.index_copy(0, rows, _call_wide(copy, x[rows]).to(y.dtype))
+            groups = [(rows.to(x.device), self.copy(name)) for name, rows in chosen.groups(x.shape[0])]
+            groups = [(rows, copy) for rows, copy in groups if copy is not None]
+            known = x
+            if not x.is_floating_point():  # the base has no row for an added token
+                for rows, _ in groups:
+                    known = known.index_fill(0, rows, 0)
+            y = self.base(known)
+            for rows, copy in groups:
+                own = _call_wide(copy, x[rows]).to(y.dtype)
+                width = max(own.shape[-1], y.shape[-1])
+                y = _widened(y, width).index_copy(0, rows, _widened(own, width))
             return y
         copy = self.copy(chosen.name) if chosen.name is not None else None
         return self.base(x) if copy is None else _call_wide(copy, x).to(next(self.base.parameters()).dtype)
 
 
+def _widened(y: Tensor, width: int) -> Tensor:
+    return F.pad(y, (0, width - y.shape[-1]), value=-torch.inf) if y.shape[-1] < width else y
+
+
 def _call_wide(copy: nn.Module, x: Tensor) -> Tensor:
     return copy(x.float() if x.is_floating_point() else x)
-
-
-Wrapper = LoraLayer | ParameterLayer | TrainedModule
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -318,3 +334,13 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, tu
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) as they are without adapters; a module that is shared comes under each of its paths."""
     return ((path, module) for path, module, _ in walk(model))
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters and persistent buffers under their own names, adapters or not; tied ones once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if "." not in name and id(tensor) not in seen:  # a dot: it belongs to a module inside this one
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, tensor.detach()

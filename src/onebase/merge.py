@@ -1,41 +1,78 @@
-"""An adapter made part of the weights: file to file in constant memory, or in memory with an exact way back."""
+"""An adapter made part of the weights: a checked plan for a stored base, or in memory with an exact way back."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import FileIO
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter, LowRank
-from onebase.errors import AdapterNameError, BaseMismatch, OutputError, OutputExists
-from onebase.files import atomic_folder
+from onebase.adapter import Adapter, LowRank, TokenRows
+from onebase.errors import AdapterNameError, BaseMismatch
 from onebase.injection import MERGED, adapter_names, fit_problems, with_kinds
-from onebase.kinds import KINDS, merged_weight
+from onebase.kinds import find_site, merged_weight
 from onebase.layers import base_modules
-from onebase.shards import DTYPE_NAMES, DTYPES, INDEX, MAX_SHARD, SINGLE, TensorInfo
+from onebase.shards import TensorInfo
+from onebase.tokens import growth_problems, token_places
 
-PIECE = 1 << 20  # bytes of a tensor that are read, changed and written at a time: they stay in the cache
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence.
-BESIDE = (
-    *("generation_config.json", "*processor_config.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
-)
 
 
-Change = LowRank | Tensor | None
-"""What happens to a stored tensor: an update is added, another tensor takes its place, or nothing."""
+class Shift(NamedTuple):
+    """What is added to a bias."""
+
+    by: Tensor
+
+
+class Rows(NamedTuple):
+    """Token rows that take the place of a weight's own, or stand behind them, once `under` was added to the rest."""
+
+    tokens: TokenRows
+    under: LowRank | None = None
+
+    def shape(self, before: Sequence[int]) -> tuple[int, ...]:
+        """The merged weight's."""
+        return max([before[0], *(token + 1 for token in self.tokens.ids)]), *before[1:]
+
+    def part(self, start: int, end: int) -> TokenRows:
+        """The rows of the ids in [start, end), in their order and counted from `start`."""
+        ids, rows = self.tokens
+        places = sorted((token, place) for place, token in enumerate(ids) if start <= token < end)
+        return TokenRows(tuple(token - start for token, _ in places), rows[[place for _, place in places]])
+
+
+Direct = LowRank | Tensor | Shift | Rows
+"""What happens to a parameter: an update or a vector is added, another tensor or other rows take its place."""
+
+
+class Fusion(NamedTuple):
+    """Parameters that are made of other stored tensors, such as a stack of experts that are stored one by one.
+
+    `join` makes the parameters of the stored tensors, `split` the stored tensors of the parameters; both go by name
+    and work on meta tensors too.
+    """
+
+    sources: tuple[str, ...]
+    parameters: tuple[str, ...]
+    join: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    split: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+class Fused(NamedTuple):
+    """Changes of parameters that are stored in pieces; all the pieces share it."""
+
+    fusion: Fusion
+    sources: tuple[TensorInfo, ...]
+    changes: Mapping[str, Direct]
+
+
+Change = Direct | Fused | None
+"""What happens to a stored tensor; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +86,7 @@ class Skeleton:
     ties: Mapping[str, str]  # parameter -> the one whose weight it shares
     unties: bool  # whether tie_word_embeddings=false makes the model untie them
     fingerprint: str
+    fusions: tuple[Fusion, ...] = ()  # for the parameters that are loaded otherwise
 
 
 class Part(NamedTuple):
@@ -58,6 +96,13 @@ class Part(NamedTuple):
     source: TensorInfo
     change: Change = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The merged tensor's; one that takes another's place may have more rows."""
+        if isinstance(self.change, Rows):
+            return self.change.shape(self.source.shape)
+        return tuple(self.change.shape) if isinstance(self.change, Tensor) else self.source.shape
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -66,6 +111,7 @@ class MergePlan:
     folder: Path
     parts: tuple[Part, ...]
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])  # its own, not the base's
 
     @property
     def changed(self) -> int:
@@ -77,35 +123,89 @@ def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
     """What merging means for each stored tensor. Raises BaseMismatch that lists everything that does not fit.
 
     Where an adapter changes one of several tied weights (an embedding and not the head, say), the output holds
-    each of them, and its configuration says that they are no longer tied.
+    each of them, and its configuration says that they are no longer tied. Token rows change all of them alike.
     """
-    changes = _changes(with_kinds(base.model, adapter))
+    if problems := merge_problems(base.model, adapter):
+        raise _misfit(base, problems)
+    changes = _changes(base.model, adapter)
+    fused = {name: fusion for fusion in base.fusions for name in fusion.parameters if name in changes}
     infos = {info.name: info for info in base.tensors}
     shapes = {name: tuple(tensor.shape) for name, tensor in base.model.state_dict().items()}
     groups = _tied_groups(base)
-    loose = [group for group in groups if any(name in changes for name in group)]
-    owners = {name: _owner(name, base, groups) for name in [*changes, *(n for g in loose for n in g)]}
-    problems = fit_problems(base.model, adapter)
-    problems += [
-        text for name in changes if (text := _stored_problem(name, infos.get(owners[name]), shapes.get(name)))
+    alike = [group for group in groups if len({id(changes.get(name)) for name in group}) == 1]
+    loose = [group for group in groups if group not in alike]
+    followers = {name for group in alike for name in group if name not in base.stored}
+    plain = [name for name in changes if name not in fused and name not in followers]
+    owners = {name: _owner(name, base, groups) for name in [*plain, *(n for g in loose for n in g)]}
+    problems = [
+        text for name in plain if (text := _stored_problem(name, infos.get(owners[name]), shapes[name]))
     ]
+    problems += [text for fusion in fused.values() for text in _fusion_problems(fusion, infos, shapes)]
     if loose and not base.unties:
         names = ", ".join(name for group in loose for name in group)
         problems.append(f"{names}: this architecture always ties them, so only one of them cannot be changed")
     if problems:
-        raise BaseMismatch(
-            f"the adapter cannot be merged into {base.folder}", "\n  " + "\n  ".join(sorted(set(problems)))
-        )
+        raise _misfit(base, problems)
     parts = {info.name: Part(info.name, info) for info in base.tensors}
     for name, owner in owners.items():
         own = base.stored.get(name, name)
         parts[own] = Part(own, infos[owner], changes.get(name))
-    return MergePlan(base.folder, tuple(parts.values()), {"tie_word_embeddings": False} if loose else {})
+    parts |= {part.name: part for part in _fused_parts(fused, changes, infos)}
+    settings: dict[str, Any] = {"tie_word_embeddings": False} if loose else {}
+    if sizes := [part.shape[0] for part in parts.values() if isinstance(part.change, Rows)]:
+        settings["vocab_size"] = max(sizes)
+    return MergePlan(base.folder, tuple(parts.values()), settings)
 
 
-def _changes(adapter: Adapter) -> dict[str, LowRank | Tensor]:
-    low: dict[str, LowRank | Tensor] = {f"{path}.weight": low for path, low in adapter.lowrank.items()}
-    return low | {f"{path}.{n}": t for path, state in adapter.full.items() for n, t in state.items()}
+def _misfit(base: Skeleton, problems: Sequence[str]) -> BaseMismatch:
+    found = "\n  " + "\n  ".join(sorted(set(problems)))
+    return BaseMismatch(f"the adapter cannot be merged into {base.folder}", found)
+
+
+def merge_problems(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Why an adapter cannot be merged into a model: a sentence for each module, none where it can."""
+    if problems := fit_problems(model, adapter):
+        return problems
+    modules = dict(base_modules(model))
+    if problems := growth_problems(model, adapter.tokens):
+        return problems
+    biased = {path: modules[path] for path, low in adapter.lowrank.items() if low.bias is not None}
+    return [
+        f"{path}: the adapter moves its bias, and the {type(module).__name__} has none to merge that into"
+        for path, module in biased.items()
+        if getattr(module, "bias", None) is None
+    ]
+
+
+def _changes(model: nn.Module, adapter: Adapter) -> dict[str, Direct]:
+    """What happens to each parameter of the model, by its full name."""
+    modules = dict(base_modules(model))
+    changes: dict[str, Direct] = {}
+    for path, low in with_kinds(model, adapter).lowrank.items():
+        site = find_site(modules, path)
+        assert site is not None  # merge_problems has named it
+        changes[site.tensor] = low
+        if low.bias is not None:
+            changes[f"{path}.bias"] = Shift(low.scale * low.bias)
+    shared = {path: Rows(tokens) for path, tokens in adapter.tokens.items()}
+    for place, path in token_places(modules, adapter.tokens).items():
+        under = changes.get(f"{place}.weight")
+        changes[f"{place}.weight"] = shared[path]._replace(under=under) if under else shared[path]
+    return changes | {f"{path}.{n}": t for path, state in adapter.full.items() for n, t in state.items()}
+
+
+def _fused_parts(
+    fused: Mapping[str, Fusion],
+    changes: Mapping[str, Direct],
+    infos: Mapping[str, TensorInfo],
+) -> list[Part]:
+    """The pieces of the parameters that are stored in pieces."""
+    parts: list[Part] = []
+    for fusion in {fusion.parameters: fusion for fusion in fused.values()}.values():
+        own = {name: changes[name] for name in fusion.parameters if name in changes}
+        change = Fused(fusion, tuple(infos[name] for name in fusion.sources), own)
+        parts += [Part(info.name, info, change) for info in change.sources]
+    return parts
 
 
 def _tied_groups(base: Skeleton) -> list[list[str]]:
@@ -121,178 +221,65 @@ def _owner(name: str, base: Skeleton, groups: Sequence[Sequence[str]]) -> str:
     return next((base.stored[one] for one in (name, *group) if one in base.stored), "")
 
 
-def _stored_problem(name: str, info: TensorInfo | None, shape: tuple[int, ...] | None) -> str:
+def _stored_problem(name: str, info: TensorInfo | None, shape: tuple[int, ...]) -> str:
     if info is None:
-        return f"{name}: the base's files hold no tensor for it (or only pieces of it under other names)"
+        return f"{name}: the base's files hold no tensor for it"
     if info.dtype not in FLOATS:
-        return f"{name}: stored as {info.dtype}, which cannot carry an update"
-    fits = shape in (None, info.shape)  # None: fit_problems has named it
-    return "" if fits else f"{name}: stored with shape {info.shape}, the configuration says {shape}"
+        return _not_a_float(name, info)
+    return (
+        ""
+        if shape == info.shape
+        else f"{name}: stored with shape {info.shape}, the configuration says {shape}"
+    )
 
 
-class OutputOptions(NamedTuple):
-    """How a merged model is written. `dtype`: None keeps each tensor's own."""
-
-    dtype: torch.dtype | None = None
-    shard_bytes: int = MAX_SHARD
-
-
-def merge_files(plan: MergePlan, output: str | Path, options: OutputOptions = OutputOptions()) -> Path:  # noqa: B008
-    """Write the merged model as a folder that transformers loads, as a whole or not at all.
-
-    Tensors go through piece by piece: an update is added in float32 and rounded once, the rest is copied as it
-    stands. Raises OutputExists, or OutputError where the output would lie in the base or the disk refuses.
-    """
-    target = Path(output)
-    _check_output(plan, target, options)
-    shards = _shards(plan.parts, options)
-    with atomic_folder(target) as folder, _one_thread():
-        for name, parts in shards.items():
-            _write_shard(folder / name, parts, options.dtype)
-        if len(shards) > 1:
-            weight_map = {part.name: name for name, parts in shards.items() for part in parts}
-            total = sum(_size(part, options.dtype) for part in plan.parts)
-            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(folder / "config.json", _configuration(plan, options.dtype))
-        for source in sorted({path for pattern in BESIDE for path in plan.folder.glob(pattern)}):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
-    return target
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Pieces are too small to share: on a busy machine torch's threads wait longer for each other than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _fusion_problems(
+    fusion: Fusion, infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Whether the pieces make the parameters and the parameters the pieces, as far as shapes can tell."""
+    pieces = [infos[name] for name in fusion.sources]
+    if odd := [_not_a_float(info.name, info) for info in pieces if info.dtype not in FLOATS]:
+        return odd
+    stored = {info.name: torch.empty(info.shape, device="meta") for info in pieces}
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        whole = fusion.join(stored)
+        back = {name: tuple(tensor.shape) for name, tensor in fusion.split(whole).items()}
+        made = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    except Exception as error:  # transformers' converters fail in their own ways
+        return [
+            f"{name}: stored in {len(pieces)} pieces that do not fit it ({error})"
+            for name in fusion.parameters
+        ]
+    if made == {name: shapes[name] for name in made} and back == {info.name: info.shape for info in pieces}:
+        return []
+    return [
+        f"{name}: stored in {len(pieces)} pieces that do not make it and are not made of it" for name in made
+    ]
 
 
-def _check_output(plan: MergePlan, target: Path, options: OutputOptions) -> None:
-    asked, place = f"merge into {target}", target.resolve()
-    if place.is_relative_to(plan.folder.resolve()):
-        raise OutputError(asked, f"it lies in the base {plan.folder}", hint="choose a folder elsewhere")
-    if target.exists():
-        raise OutputExists(asked, "it exists already", hint="choose another folder")
-    above = next(parent for parent in place.parents if parent.exists())
-    needed, free = sum(_size(part, options.dtype) for part in plan.parts), shutil.disk_usage(above).free
-    if needed > free:
-        raise OutputError(asked, f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+def _not_a_float(name: str, info: TensorInfo) -> str:
+    return f"{name}: stored as {info.dtype}, which cannot carry an update"
 
 
-def _dtype(part: Part, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is written in; integers stay what they are."""
-    return asked if asked is not None and part.source.dtype in FLOATS else DTYPES[part.source.dtype]
+def changed_tensor(weight: Tensor, change: Direct) -> Tensor:
+    """The merged tensor: computed in float32 (float64 for float64), cast once to the weight's dtype."""
+    if isinstance(change, Tensor):
+        return change.to(weight.device, weight.dtype, copy=True)
+    if isinstance(change, Shift):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.detach().to(wide) + change.by.to(weight.device)).to(weight.dtype)
+    if isinstance(change, Rows):
+        return _with_rows(weight.detach(), change)
+    here = {name: tensor.to(weight.device) for name, tensor in change.tensors().items()}
+    return merged_weight(weight.detach(), change._replace(**here)).contiguous()
 
 
-def _size(part: Part, asked: torch.dtype | None) -> int:
-    stored = part.source.end - part.source.start
-    return stored // DTYPES[part.source.dtype].itemsize * _dtype(part, asked).itemsize
-
-
-def _shards(parts: Sequence[Part], options: OutputOptions) -> dict[str, list[Part]]:
-    """File name -> its tensors, cut where the next one would make a file larger than allowed."""
-    cuts, filled = [0], 0
-    for place, part in enumerate(parts):
-        size = _size(part, options.dtype)
-        if filled and filled + size > options.shard_bytes:
-            cuts.append(place)
-            filled = 0
-        filled += size
-    groups = [list(parts[start:end]) for start, end in pairwise([*cuts, len(parts)])]
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
-    return dict(zip(names, groups, strict=True))
-
-
-def _write_shard(path: Path, parts: Sequence[Part], asked: torch.dtype | None) -> None:
-    """One safetensors file; wide dtypes first, so that every tensor lies at a multiple of its item's size."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    parts, end = sorted(parts, key=lambda part: (-_dtype(part, asked).itemsize, part.name)), 0
-    for part in parts:
-        start, end = end, end + _size(part, asked)
-        kind = DTYPE_NAMES[_dtype(part, asked)]
-        header[part.name] = {"dtype": kind, "shape": part.source.shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as sink:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        _write_behind(sink, (piece for part in parts for piece in _pieces(part, _dtype(part, asked))))
-
-
-def _write_behind(sink: BinaryIO, pieces: Iterable[bytearray | memoryview]) -> None:
-    """Write each piece while the next one is made."""
-    with ThreadPoolExecutor(1) as pool:
-        writing: Future[int] | None = None
-        for piece in pieces:
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(sink.write, piece)
-        if writing is not None:
-            writing.result()
-
-
-def _pieces(part: Part, dtype: torch.dtype) -> Iterator[bytearray | memoryview]:
-    """The merged tensor's bytes, some rows at a time."""
-    source, stored = part.source, DTYPES[part.source.dtype]
-    rows = source.shape[0] if source.shape else 1
-    row_bytes = (source.end - source.start) // max(rows, 1)
-    step = max(1, PIECE // max(row_bytes, 1))
-    with source.file.open("rb", buffering=0) as stream:
-        stream.seek(source.start)
-        for start in range(0, rows if row_bytes else 0, step):
-            end = min(start + step, rows)
-            if isinstance(part.change, Tensor):
-                yield _bytes(part.change.reshape(rows, -1)[start:end].to(dtype))
-                continue
-            raw = _read(stream, (end - start) * row_bytes)
-            if part.change is None and dtype == stored:
-                yield raw
-                continue
-            piece = torch.frombuffer(raw, dtype=stored).reshape(end - start, -1)
-            if part.change is not None:
-                wide = torch.promote_types(stored, torch.float32)  # merged_weight rounds to its input's dtype
-                piece = merged_weight(piece.to(wide), _rows(part.change, start, end))
-            yield _bytes(piece.to(dtype))
-
-
-def _read(stream: FileIO, count: int) -> bytearray:
-    """Exactly `count` bytes. Not memory-mapped: mapped pages would count as ours until the file is done."""
-    raw = bytearray(count)
-    view = memoryview(raw)
-    while view and (got := stream.readinto(view)):
-        view = view[got:]
-    if view:
-        raise OSError("a file of the base ended early: it was changed while it was read")
-    return raw
-
-
-def _rows(low: LowRank, start: int, end: int) -> LowRank:
-    """The update of some rows of the stored weight."""
-    if KINDS[low.kind].transposed:
-        return low._replace(A=low.A[:, start:end])
-    return low._replace(B=low.B[start:end])
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _configuration(plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    settings: dict[str, Any] = dict(plan.settings)
-    config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
-    if dtype is not None:
-        config.pop("torch_dtype", None)  # the older name
-        settings["dtype"] = str(dtype).removeprefix("torch.")
-    return config | settings
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _with_rows(weight: Tensor, change: Rows) -> Tensor:
+    result = weight if change.under is None else changed_tensor(weight, change.under)
+    known, new = change.part(0, len(weight)), change.part(len(weight), change.shape(weight.shape)[0])
+    ids = torch.tensor(known.ids, dtype=torch.int64, device=weight.device)
+    result = result.index_copy(0, ids, known.rows.to(weight))
+    return torch.cat([result, new.rows.to(weight)])
 
 
 class _Swap(NamedTuple):
@@ -312,26 +299,22 @@ def merge_in_memory(model: nn.Module, adapter: Adapter) -> nn.Module:
     if carried:
         found = "the model already carries " + ", ".join(carried)
         raise AdapterNameError("merge in memory", found, hint="unmerge or eject first")
-    if problems := fit_problems(model, adapter):
-        raise BaseMismatch("the adapter does not fit this base", "\n  " + "\n  ".join(problems))
+    if problems := merge_problems(model, adapter):
+        raise BaseMismatch("the adapter cannot be merged into this base", "\n  " + "\n  ".join(problems))
     modules, swaps = dict(base_modules(model)), list[_Swap]()
+    made: dict[tuple[int, int], Tensor] = {}  # tied weights that change alike stay one tensor
     model.__dict__[MERGED] = swaps
     try:
-        for name, change in _changes(with_kinds(model, adapter)).items():
+        for name, change in _changes(model, adapter).items():
             path, _, end = name.rpartition(".")
-            swaps.append(_Swap(modules[path], end, getattr(modules[path], end)))
-            _put(swaps[-1], _merged(swaps[-1].original, change))
+            swaps.append(swap := _Swap(modules[path], end, getattr(modules[path], end)))
+            if (key := (id(swap.original), id(change))) not in made:
+                made[key] = changed_tensor(swap.original, change)
+            _put(swap, made[key])
     except BaseException:  # out of memory, for example
         unmerge(model)
         raise
     return model
-
-
-def _merged(weight: Tensor, change: LowRank | Tensor) -> Tensor:
-    if isinstance(change, Tensor):
-        return change.to(weight.device, weight.dtype, copy=True)
-    here = change._replace(A=change.A.to(weight.device), B=change.B.to(weight.device))
-    return merged_weight(weight.detach(), here).contiguous()
 
 
 def _put(swap: _Swap, value: Tensor) -> None:

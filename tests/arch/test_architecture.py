@@ -22,19 +22,22 @@ SOURCE = ROOT / "src" / "onebase"
 # Every module, from the bottom up. A module imports only from modules before it.
 ORDER = """
     errors  files  options  config  device
-    ops.reference  ops.lowrank  ops.attention
-    adapter  variants  layers  targets  injection
-    peft_config  shards  format  arithmetic  merge
-    data.read  data.split  data.template  data.pack  data.checks  data.preview
-    models.builtin  models.fingerprint  models.gguf  models.base  models.packing  models.loss  models.generation
-    models.merging
+    ops.lowrank  ops.norms  ops.gates  ops.rotary  ops.prefix  ops.adapted  ops.cross_entropy  ops.decoder
+    ops.reference  ops.attention
+    adapter  kinds  variants  layers  targets  tokens  fitting  injection  calibration
+    peft_tokens  peft_config  peft_tensors  shards  format  combining  arithmetic  merge  merge_files  export
+    data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.preview
+    diagnosis.names  diagnosis.salvage  diagnosis.measures  diagnosis.case  diagnosis.own  diagnosis.against
+    diagnosis.checkup  diagnosis.comparison
+    models.builtin  models.fingerprint  models.gguf  models.base  models.vocabulary  models.packing  models.loss
+    models.generation  models.merging  models.gguf_adapter  models.probing  models.families  models.reading  models.engine
     evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.optim  training.step  training.checkpoint  training.loop
-    training.prepare  training.plan  training.finish  training.run
+    training.work  training.speed  training.prepare  training.calibrate  training.plan  training.forecast  training.finish  training.run
     demo  demo.make_data
     cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate
-    cli.inspect  cli.demo  cli.merge  cli.combine
+    cli.inspect  cli.demo  cli.merge  cli.combine  cli.export  cli.pictures  cli.doctor  cli.compare
     cli.parser  cli.main
 """.split()
 
@@ -46,7 +49,7 @@ HOMES = {
     "safetensors": ("format", "shards"),
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
-    "gguf": (),
+    "gguf": ("models.gguf_adapter",),
     "peft": (),
     "trl": (),
     "pickle": (),
@@ -120,7 +123,7 @@ def modules() -> dict[str, Module]:
 
 
 MODULES = modules()
-FACADES = {"__init__", "ops", "data", "models", "training", "cli"} & MODULES.keys()
+FACADES = {"__init__", "ops", "data", "diagnosis", "models", "training", "cli"} & MODULES.keys()
 
 
 def test_every_module_has_its_place_in_the_order():

@@ -10,7 +10,7 @@ from peft import PeftModel
 from adapters import trained
 from merges import SPECS, load, save, tensors
 from onebase.format import save_adapter
-from onebase.merge import merge_files
+from onebase.merge_files import merge_files
 from onebase.models.merging import plan_merge
 from tiny import CONFIGS, output, some_ids, tiny
 

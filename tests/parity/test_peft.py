@@ -75,15 +75,16 @@ def test_peft_reads_what_we_save(arch, variant, tmp_path):
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_we_read_what_peft_saves(arch, variant, tmp_path):
     model, ids = tiny(arch), some_ids()
-    # For a mixture PEFT's all-linear also adapts the experts' bare parameters, which is refused below.
-    targets = ["q_proj", "o_proj"] if arch == "mixtral" else "all-linear"
-    config = PeftConfig(target_modules=targets, **to_peft(options_for(arch, variant)))
+    if (arch, variant) == ("mixtral", "patterns"):
+        pytest.skip(
+            "PEFT adds a pattern of its own, stores all of them sorted, and cannot read the file itself"
+        )
+    config = PeftConfig(target_modules="all-linear", **to_peft(options_for(arch, variant)))
     theirs = quiet_peft(copy.deepcopy(model), config).eval()
     shake(theirs)
     save_peft(theirs, tmp_path / "a")
     adapter = load_adapter(tmp_path / "a", wrap_base(model))
-    if targets == "all-linear":
-        assert {target.path for target in match(model, LoraConfig(rank=1)).targets} == adapter.lowrank.keys()
+    assert {target.path for target in match(model, LoraConfig(rank=1)).targets} == adapter.lowrank.keys()
     before = output(model, ids)
     with injected(model, adapter):
         torch.testing.assert_close(output(model, ids), output(theirs, ids), rtol=1e-5, atol=1e-5)
@@ -91,13 +92,9 @@ def test_we_read_what_peft_saves(arch, variant, tmp_path):
 
 
 REFUSED = {
-    "use_dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True},
     "bias=": {"bias": "all"},
     "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
     "init_lora_weights='olora'": {"init_lora_weights": "olora"},
-    "target_parameters": {"target_parameters": ["mlp.experts.down_proj"]},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
 }
@@ -155,7 +152,7 @@ def test_every_way_to_name_targets(arch, spec, tmp_path):
     torch.testing.assert_close(output(peft_loads(model, tmp_path / "ours"), ids), output(theirs, ids))
 
 
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", sorted(CONFIGS.keys() - {"mixtral"}))  # experts: test_layers_peft.py
 def test_gradients_agree(arch, tmp_path):
     """The same adapter, the same input: the gradient of every A and B is PEFT's."""
     model, ids = tiny(arch), some_ids()

@@ -2,18 +2,17 @@
 
 import copy
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import PeftModel
 
 from onebase.config import LoraConfig, OptimConfig
-from onebase.data.pack import pack, pad, step_rows
+from onebase.data.pack import step_rows
 from onebase.data.template import Encoded
 from onebase.format import read_adapter, save_adapter
 from onebase.injection import extract, inject, new_adapter, trainable, use
-from onebase.models.packing import packed_attention
+from onebase.models.scoring import packed_loss, padded_loss
 from onebase.training.optim import lr_factor, make_optimizer, set_lr
 from onebase.training.step import train_step
 from tiny import tiny
@@ -61,13 +60,12 @@ def ours(model, adapter, packed):
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, OPTIM)
-    make = pack if packed else lambda batch: pad(batch, 0)
+    loss = packed_loss(model) if packed else padded_loss(model, 0)
     results = []
     for step, batches in enumerate(micro_batches()):
         set_lr(optimizer, lr_factor(step, STEPS, OPTIM))
-        made = [make(batch) for batch in batches]
-        with use(model), packed_attention(model) if packed else nullcontext():
-            results.append(train_step(model, parameters, optimizer, made, CLIP))
+        with use(model):
+            results.append(train_step(loss, parameters, optimizer, batches, CLIP))
     return [result.loss for result in results], [result.grad_norm for result in results], extract(model)
 
 

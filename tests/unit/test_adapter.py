@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from adapters import trained
 from onebase.adapter import Adapter, LowRank, Origin
@@ -104,7 +105,8 @@ def test_scaling(rank, alpha, rslora, expected):
 )
 def test_the_start_has_no_effect_but_can_learn(kind, init):
     target = Target("some.path", Site("some.path", "weight", kind, (6, 5)), 3, 1.0)
-    a, b = start(target, init, seed=0)[:2]
+    module = nn.Linear(6, 5) if kind == "linear" else nn.Embedding(6, 5)
+    a, b = start(target, LoraConfig(init=init), 0, module)[:2]
     assert (a.shape, b.shape) == ((3, 6), (5, 3))
     assert a.dtype == b.dtype == torch.float32
     assert not (b @ a).any()
@@ -112,8 +114,11 @@ def test_the_start_has_no_effect_but_can_learn(kind, init):
 
 
 def test_the_start_depends_on_seed_path_and_nothing_else():
+    module = nn.Linear(6, 5)
+
     def draw(seed=0, path="p"):
-        return start(Target(path, Site(path, "weight", "linear", (6, 5)), 3, 1.0), "default", seed).A
+        target = Target(path, Site(path, "weight", "linear", (6, 5)), 3, 1.0)
+        return start(target, LoraConfig(), seed, module).A
 
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onebase.adapter import Adapter, LowRank, Origin
-from onebase.arithmetic import METHODS, combine, compress, deviations, negate, norms
+from onebase.arithmetic import combine, compress, deviations, negate, norms
+from onebase.combining import METHODS
 from onebase.config import CombineMethod, LoraConfig, Recipe
 from onebase.errors import BaseMismatch, ConfigError
 from onebase.format import read_adapter, save_adapter

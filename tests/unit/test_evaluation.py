@@ -10,17 +10,15 @@ from onebase.adapter import Origin
 from onebase.config import DataConfig, LoraConfig, Sampling
 from onebase.data.read import Example
 from onebase.data.template import PromptFormat, encode
-from onebase.errors import BaseError
 from onebase.evaluation import (
     Scores,
-    batcher,
     evaluate,
     grouped_references,
     mean_loss,
-    packing,
     text_scores,
 )
 from onebase.injection import injected
+from onebase.models.scoring import choose, scorer
 from texts import CHATS, QUESTIONS, TEXTS, text_base, write_rows
 
 SHORT = Sampling(max_new_tokens=5)
@@ -55,31 +53,16 @@ def theirs(model, rows):
     return total / count, count
 
 
-@pytest.mark.parametrize("attention", ["packed", "padded"])
+@pytest.mark.parametrize("way", ["packed", "padded"])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_mean_loss_is_transformers(base, attention, batch_size):
+def test_mean_loss_is_transformers(base, way, batch_size):
     rows = encoded(base, QUESTIONS)
-    make, how = batcher(base, attention)
-    assert (how == "packed") == (attention == "packed")
-    with packing(base, how == "packed"):
-        loss, count = mean_loss(base.model, rows, make, batch_size)
+    chosen = choose(base, way, None)
+    assert chosen.name == way
+    loss, count = mean_loss(scorer(base, chosen, "none"), rows, batch_size)
     expected = theirs(base.model, rows)
     assert (loss, count) == (pytest.approx(expected[0], rel=1e-5), expected[1])
-    assert mean_loss(base.model, [], make, 4) == (0.0, 0)
-
-
-def test_how_rows_become_batches(base):
-    assert batcher(base, "auto")[1] == "packed"
-    assert batcher(base, "padded")[1] == "--attention padded"
-
-
-def test_what_cannot_be_packed_says_why():
-    base = text_base()
-    for layer in base.model.model.layers:
-        layer.self_attn.is_causal = False
-    assert "not causal" in batcher(base, "auto")[1]
-    with pytest.raises(BaseError, match=r"packed batches on tiny: (.|\n)*not causal(.|\n)*--attention auto"):
-        batcher(base, "packed")
+    assert mean_loss(scorer(base, chosen, "none"), [], 4) == (0.0, 0)
 
 
 @pytest.mark.parametrize("rows", [QUESTIONS[:6], CHATS[:6], TEXTS[:6]], ids=["plain", "chat", "text"])

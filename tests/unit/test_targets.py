@@ -1,8 +1,10 @@
 """What a config matches, and what it refuses to match."""
 
 import pytest
+import torch
 from torch import nn
 
+from layer_cases import Parameters
 from onebase.config import LoraConfig
 from onebase.errors import ConfigError, TargetError
 from onebase.injection import new_adapter
@@ -25,7 +27,7 @@ BERT_SELF = {f"attention.self.{name}" for name in ("query", "key", "value")}
 LINEARS = {
     "gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
     "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
-    "mixtral": ATTENTION,
+    "mixtral": ATTENTION | {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"},
     "bert": {*BERT_SELF, "attention.output.dense", "intermediate.dense", "output.dense"},
 }
 
@@ -161,6 +163,99 @@ def test_multihead_attention_is_adapted_through_its_parameters():
     assert paths(model) == [*inside, "fc"]
     assert paths(model, target_modules="mha") == inside
     assert paths(model, target_modules="out_proj") == inside[1:]
+
+
+def test_all_linear_never_means_a_parameter_that_is_no_matrix_product():
+    found = paths(tiny("vit"))
+    assert not any("embeddings" in path for path in found)  # position embeddings, class token, patches
+    assert paths(nn.ModuleDict({"heads": Parameters.Heads(), "fc": nn.Linear(4, 4)})) == ["fc"]
+
+
+@pytest.mark.parametrize(("arch", "experts"), [("mixtral", True), ("qwen3-moe", True), ("gpt-oss", False)])
+def test_all_linear_means_what_it_means_to_peft_in_mixtures(arch, experts):
+    inside = {split_path(path)[2] for path in paths(tiny(arch))}
+    more = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert inside == ATTENTION | (more if experts else set())
+
+
+def test_all_linear_takes_layers_that_are_smaller_than_the_rank():
+    model = tiny("mixtral")  # its router has four outputs, as many as experts
+    found = {t.path: t.rank for t in match(model, LoraConfig(rank=16)).targets}
+    assert found["model.layers.0.mlp.gate.weight"] == 16
+    with pytest.raises(
+        TargetError, match=r"gate.weight: the weight is 4 x 32, so a rank above 4 adds nothing"
+    ):
+        match(model, LoraConfig(rank=16, target_modules="q_proj", target_parameters="gate.weight"))
+
+
+def test_t5_and_vit():
+    names = {split_path(path)[2].rpartition(".")[2] for path in paths(tiny("t5"))}
+    assert names == {"q", "k", "v", "o", "wi", "wo"}
+    assert paths(tiny("vit"), target_modules="projection") == ["vit.embeddings.patch_embeddings.projection"]
+    (uneven,) = match(tiny("t5"), LoraConfig(rank=2, target_modules="relative_attention_bias")).uneven[:1]
+    assert uneven.endswith("relative_attention_bias matches layers 0 of 0-1")
+
+
+def test_parameters_are_named_as_in_peft():
+    model = Parameters()
+    found = match(model, LoraConfig(rank=2, target_modules=[], target_parameters="inner.down,up,heads.mix"))
+    assert [t.path for t in found.targets] == ["inner.down", "inner.up", "heads.mix"]
+    assert {t.site.kind for t in found.targets} == {"parameter"}
+    assert [t.site.blocks for t in found.targets] == [1, 1, 4]
+    ranks = LoraConfig(rank=2, target_modules=[], target_parameters="up,down", rank_pattern={"up": 3})
+    assert [t.rank for t in match(model, ranks).targets] == [2, 3]
+    assert paths(tiny("gpt-oss"), target_modules="", target_parameters="down_proj", layers="1") == [
+        "model.layers.1.mlp.experts.down_proj"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_parameters": "inner.upp"}, r"no parameter is named inner.upp\n  nearest valid: up"),
+        ({"target_parameters": "own"}, "own: an update needs a matrix"),
+        ({"target_parameters": "fc.bias"}, "fc.bias: an update needs a matrix"),
+        ({"target_parameters": "fc.weight"}, "fc.weight: its module fc is targeted too"),
+        ({"target_parameters": "up", "dropout": 0.1}, "inner.up is a parameter, whose update has no input"),
+        (
+            {"target_parameters": "mha.in_proj_weight", "target_modules": "mha"},
+            "its module mha is targeted too",
+        ),
+        ({"target_modules": "mha", "dropout": 0.1}, "mha.in_proj_weight is a parameter"),
+        ({"target_modules": "grouped"}, "grouped is a Conv1d of 2 groups, which has no single W"),
+    ],
+)
+def test_parameters_that_cannot_be_adapted(options, message):
+    model = Parameters()
+    model.own = nn.Parameter(torch.zeros(2, 2))
+    model.fc, model.mha = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+    model.grouped = nn.Conv1d(4, 4, 1, groups=2)
+    with pytest.raises(TargetError, match=message):
+        paths(model, **({"target_modules": "fc"} | options))
+
+
+def test_a_whole_attention_has_peft_name_and_a_part_of_it_its_own():
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+
+    def resolved(**options):
+        config = new_adapter(model, LoraConfig(rank=2, **options)).config
+        return config.target_modules, config.target_parameters
+
+    assert resolved() == (("fc", "mha"), ())
+    assert resolved(target_modules="mha") == (("mha",), ())
+    assert resolved(target_modules="in_proj_weight") == ((), ("mha.in_proj_weight",))
+    assert resolved(target_modules="out_proj") == (("mha.out_proj.weight",), ())
+    assert resolved(exclude_modules="mha") == (("fc",), ())
+    ranks = match(model, LoraConfig(rank=2, rank_pattern={"mha": 1})).targets
+    assert [t.rank for t in ranks] == [1, 1, 2]
+
+
+def test_names_of_parameters_mean_exactly_those():
+    model = nn.ModuleDict({"a": Parameters(), "b": Parameters()})
+    config = LoraConfig(rank=2, target_modules=[], target_parameters="a.inner.up,a.inner.down")
+    assert new_adapter(model, config).config.target_parameters == ("a.inner.down", "a.inner.up")
+    both = LoraConfig(rank=2, target_modules=[], target_parameters="up")
+    assert new_adapter(model, both).config.target_parameters == ("inner.up",)
 
 
 @pytest.mark.parametrize("text", ["a", "3-1", "1-", "-2", "1,,2"])

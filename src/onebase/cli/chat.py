@@ -15,6 +15,7 @@ from onebase.errors import DataError
 from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.generation import decode, format_of, generate_ids
+from onebase.models.vocabulary import for_adapter
 
 HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends it"
 
@@ -22,12 +23,13 @@ HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends i
 def run(options: dict[str, Any]) -> int:
     """Read lines until the end of input or /quit."""
     config = build(ChatConfig, options)
-    base, adapter = open_pair(config.using)
-    form = format_of(base, adapter)
+    plain, adapter = open_pair(config.using)
+    adapted = for_adapter(plain, adapter)
+    form = format_of(plain, adapter)
     if config.system:
         form = PromptFormat(form.chat, config.system, form.separator)
     notes.print(
-        f"{'adapter ' + config.using.adapter if adapter else 'base ' + base.name}; {HELP}", markup=False
+        f"{'adapter ' + config.using.adapter if adapter else 'base ' + plain.name}; {HELP}", markup=False
     )
     messages: list[dict[str, str]] = []
     chosen = adapter
@@ -40,6 +42,7 @@ def run(options: dict[str, Any]) -> int:
         elif line.startswith("/"):
             notes.print(HELP if adapter else f"no adapter was given; {HELP}", markup=False)
         elif line:
+            base = plain if chosen is None else adapted
             messages = _turn(base, chosen, [*messages, {"role": "user", "content": line}], form, config)
     return 0
 

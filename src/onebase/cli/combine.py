@@ -79,7 +79,10 @@ def _print(
         ("method", method),
         ("of", "\n".join(taken)),
         ("size", f"{count(result.parameters)} parameters in {len(result.lowrank)} updates"),
-        ("averaged, trained in full", ", ".join(result.full) or "nothing"),
+        (
+            "averaged, trained in full",
+            ", ".join([*result.full, *(f"rows of {p}" for p in result.tokens)]) or "nothing",
+        ),
     ]
     console.print(table(f"adapter {config.output}", rows))
     if result.lowrank:

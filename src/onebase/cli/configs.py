@@ -29,7 +29,11 @@ class PreviewConfig:
     base: str = opt("smollm2-135m", "base model, for its tokenizer and chat template")
     rows: int = opt(3, "rows to show token by token")
     seed: int = opt(0, "seed of the split")
+    trainable_tokens: str | list[str] = opt(list, "tokens whose rows the training will train, as in `train`")
     data: DataConfig = opt(DataConfig, "")
+
+    def __post_init__(self) -> None:
+        assign(self, trainable_tokens=names(self.trainable_tokens))
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,43 @@ class InspectConfig:
 
     adapter: str = opt("", "adapter folder")
     json: bool = opt(False, "print JSON instead of tables")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """`onebase doctor`."""
+
+    adapter: str = opt("", "adapter folder, broken or not")
+    base: str = opt(
+        "", "base model (empty: the one that the adapter was made for; none: look at the adapter alone)"
+    )
+    prompts: str = opt("", "text file with a prompt a line to try the adapter on (empty: three short ones)")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
+    json: bool = opt(False, "print JSON instead of tables")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`onebase compare`."""
+
+    adapters: str | list[str] = opt(list, "two adapter folders")
+    base: str = opt(
+        "", "base model (empty: the one that they were made for; none: compare the updates alone)"
+    )
+    prompts: str = opt("", "text file with a prompt a line to try the adapters on (empty: three short ones)")
+    answers: int = opt(3, "prompts whose answers are shown side by side (0: none)")
+    max_new_tokens: int = opt(48, "longest of these answers in tokens")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
+    allow_base_mismatch: bool = opt(
+        False, "accept adapters that were made for a base with another fingerprint"
+    )
+    json: bool = opt(False, "print JSON instead of tables")
+
+    def __post_init__(self) -> None:
+        given = self.adapters if isinstance(self.adapters, str) else ",".join(self.adapters)
+        assign(self, adapters=names(given))
+        require("answers", self.answers, self.answers >= 0, "0 or more")
+        require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -128,3 +169,50 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         require("shard_size", self.shard_size, self.shard_size > 0, "above 0")
+
+
+ExportTarget = Literal["peft", "portable", "gguf", "ollama", "merged"]
+
+# What only some targets read.
+EXPORT_OPTIONS: dict[str, tuple[ExportTarget, ...]] = {
+    "fit": ("portable", "gguf", "ollama"),
+    "dtype": ("gguf", "ollama"),
+    "model": ("ollama",),
+}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`onebase export`."""
+
+    adapter: str = opt("", "adapter folder")
+    to: ExportTarget = opt(
+        "portable",
+        "what reads the result. peft: the adapter's own files alone, for PEFT and onebase; portable: a plain LoRA of "
+        "one rank and scale 1, for vLLM, old PEFT and converters; gguf: an adapter file for llama.cpp; ollama: that "
+        "file and a Modelfile; merged: a plain model without adapter, for everything else (see onebase merge)",
+    )
+    output: str = opt("", "folder to write, for gguf a file; it must not exist")
+    base: str = opt(
+        "",
+        "base model (empty: the one that the adapter was made for; peft and portable do without, with it they also "
+        "compare logits)",
+    )
+    fit: int = opt(
+        0, "portable, gguf, ollama: rank of the plain update put for each DoRA update (0: DoRA is refused)"
+    )
+    dtype: Literal["f32", "f16"] = opt("f32", "gguf, ollama: dtype in the file")
+    model: str = opt(
+        "", "ollama: the base as Ollama knows it, a model's name or a .gguf file (empty: the base's name)"
+    )
+    allow_base_mismatch: bool = opt(
+        False, "accept an adapter that was made for a base with another fingerprint"
+    )
+
+    def __post_init__(self) -> None:
+        require("fit", self.fit, self.fit >= 0, "0 or more")
+        for name, readers in EXPORT_OPTIONS.items():
+            given = getattr(self, name)
+            if given != getattr(type(self), name) and self.to not in readers:
+                hint = f"used by --to {', '.join(readers)}"
+                raise ConfigError(f"option {name}={given}", f"--to {self.to} does not use it", hint=hint)

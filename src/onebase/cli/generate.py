@@ -14,6 +14,7 @@ from onebase.errors import ConfigError, DataError, MissingFile, nearest
 from onebase.files import require_writable, write_text
 from onebase.injection import injected
 from onebase.models.generation import answers, format_of
+from onebase.models.vocabulary import for_adapter
 
 
 def run(options: dict[str, Any]) -> int:
@@ -26,7 +27,7 @@ def run(options: dict[str, Any]) -> int:
         require_writable(config.output)
     base, adapter = open_pair(config.using)
     with injected(base.model, adapter, "generate"):
-        given = answers(base, prompts, format_of(base, adapter), config.sampling)
+        given = answers(for_adapter(base, adapter), prompts, format_of(base, adapter), config.sampling)
     rows = [_row(example, answer) for example, answer in zip(prompts, given, strict=True)]
     if config.output:
         write_text(config.output, "".join(row + "\n" for row in rows))

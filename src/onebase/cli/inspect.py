@@ -63,7 +63,16 @@ def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
         "training": dict(adapter.origin.training),
         "modules": modules,
         "trained in full": full,
+        "token rows": {path: list(tokens.ids) for path, tokens in adapter.tokens.items()},
+        "new tokens": dict(adapter.origin.tokens),
     }
+
+
+def _token_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which token rows are the adapter's own, if any are."""
+    own = [f"{len(ids)} token rows of {path}" for path, ids in facts["token rows"].items()]
+    new = ", ".join(f"{text} ({token})" for text, token in facts["new tokens"].items())
+    return [("token rows", "; ".join([*own, *([f"new tokens: {new}"] if new else [])]))] if own else []
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -79,6 +88,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
         ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
     ]
+    rows += _token_rows(facts)
     rows += [(f"training: {name}", str(training[name])) for name in TRAINING if name in training]
     idle = [item["module"] for item in facts["modules"] if item["norm"] == 0.0]
     rows.append(

@@ -70,12 +70,33 @@ COMMANDS: dict[str, Command] = {
         "write base and adapter as one plain model, and compare the two",
         "onebase merge --adapter runs/first --output merged",
     ),
+    "export": Command(
+        configs.ExportConfig,
+        "export",
+        "write an adapter for other engines: PEFT, vLLM, llama.cpp, Ollama, or merged; and compare it with its source",
+        "onebase export runs/first --to gguf --output first.gguf",
+        positional="adapter",
+    ),
     "inspect": Command(
         configs.InspectConfig,
         "inspect",
         "show what an adapter folder holds and where it came from",
         "onebase inspect runs/first",
         positional="adapter",
+    ),
+    "doctor": Command(
+        configs.DoctorConfig,
+        "doctor",
+        "say why an adapter has no effect, or a bad one; exits with 1 where it is sick",
+        "onebase doctor runs/first --base smollm2-135m",
+        positional="adapter",
+    ),
+    "compare": Command(
+        configs.CompareConfig,
+        "compare",
+        "show how two adapters differ, layer by layer and in what they do to prompts",
+        "onebase compare runs/a runs/b --prompts prompts.txt",
+        positional="adapters",
     ),
     "demo": Command(
         configs.DemoConfig,
@@ -89,7 +110,7 @@ USAGE = "usage: onebase COMMAND [options]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a user's mistake, 3 for a diverged run, 130 for Ctrl-C."""
+    """Run a command; the exit code: 0, 1 (sick adapter), 2 (user's mistake), 3 (diverged run), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before tokenizers is imported: no fork warning
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

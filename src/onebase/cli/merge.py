@@ -9,12 +9,13 @@ import torch
 
 from onebase.cli.configs import MergeConfig
 from onebase.cli.console import console, table
+from onebase.cli.using import base_name
 from onebase.config import build
-from onebase.errors import BaseError, ConfigError, DataError, MissingFile
-from onebase.format import read_adapter
-from onebase.merge import MergePlan, OutputOptions, make_plan, merge_files
+from onebase.errors import ConfigError, DataError, MissingFile
+from onebase.merge import MergePlan
+from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.base import locate_base
-from onebase.models.merging import PROMPTS, MergeCheck, adapter_for, check_merge, open_skeleton
+from onebase.models.merging import PROMPTS, MergeCheck, check_merge, open_pair, plan_for
 from onebase.training.report import size
 
 
@@ -25,23 +26,15 @@ def run(options: dict[str, Any]) -> int:
         if not getattr(config, name):
             raise ConfigError(f"option {name}", "not given", hint=f"give --{name} FOLDER")
     prompts = _prompts(config)
-    base = open_skeleton(locate_base(_base(config)))
-    adapter = adapter_for(base, config.adapter, config.allow_base_mismatch)
-    plan = make_plan(base, adapter)
+    folder = locate_base(base_name(config.base, config.adapter))
+    base, adapter = open_pair(folder, config.adapter, config.allow_base_mismatch)
+    plan = plan_for(base, adapter)
     output = merge_files(plan, config.output, _how(config))
     console.print(table(f"merged into {output}", _written(plan, output)))
     if config.check:
         check = check_merge(base.folder, adapter, output, prompts)
         console.print(table("merged model against base and adapter", _compared(check)))
     return 0
-
-
-def _base(config: MergeConfig) -> str:
-    name = config.base or read_adapter(config.adapter).origin.base
-    if not name:
-        found = "it does not say which base it was made for"
-        raise BaseError(f"adapter {config.adapter}", found, hint="give --base")
-    return name
 
 
 def _how(config: MergeConfig) -> OutputOptions:

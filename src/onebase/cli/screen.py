@@ -44,7 +44,6 @@ def coverage_table(rows: Iterable[CoverageRow]) -> Table:
 
 def print_plan(plan: Plan) -> None:
     """What the run is going to be."""
-    batches = "packed, without padding" if plan.packing == "packed" else f"padded ({plan.packing})"
     console.print(coverage_table(plan.coverage))
     console.print(
         table(
@@ -54,6 +53,7 @@ def print_plan(plan: Plan) -> None:
                     "trainable parameters",
                     f"{count(plan.trainable)} of {count(plan.total)} ({plan.share:.2%})",
                 ),
+                *([("token rows", "; ".join(plan.token_rows))] if plan.token_rows else []),
                 ("base", f"{size(plan.base_bytes)} stored; runs in {plan.dtype}"),
                 ("rows", f"{count(plan.rows)} to train on, {count(plan.valid_rows)} held out"),
                 (
@@ -61,7 +61,7 @@ def print_plan(plan: Plan) -> None:
                     f"{count(plan.tokens)}, of which {count(plan.loss_tokens)} carry loss",
                 ),
                 ("optimiser steps", count(plan.steps)),
-                ("batches", batches),
+                ("rows are scored by", plan.way),
                 ("memory, estimated", size(plan.memory)),
             ],
         )

@@ -16,7 +16,7 @@ FIXES = {
     "no-eos": "give --teach-eos, or end the answers with the base's end-of-text token",
     "double-bos": "remove the beginning-of-text token from the data or from the chat template: one is enough",
     "unmarked-turns": "put {% generation %} tags into the chat template, or use prompt and completion rows",
-    "untrained-special": "train their embedding with --modules-to-save, or use a template with trained tokens",
+    "untrained-special": "train their rows with --trainable-tokens, or use a template with trained tokens",
 }
 
 

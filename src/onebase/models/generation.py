@@ -16,6 +16,7 @@ from onebase.data.template import PromptFormat, render_prompt
 from onebase.errors import BaseError, DataError
 from onebase.injection import injected
 from onebase.models.base import Base
+from onebase.models.vocabulary import for_adapter
 
 Stream = Callable[[str], None]
 
@@ -33,7 +34,7 @@ def generate(
     if it has one. Raises DataError for a prompt that leaves no room for an answer.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    form = prompt_format or format_of(base, adapter)
+    form, base = prompt_format or format_of(base, adapter), for_adapter(base, adapter)
     ids = [render_prompt(_tokenizer(base), text, form) for text in texts]
     with injected(base.model, adapter, "generate"):
         return decode(base, list(generate_ids(base, ids, sampling or Sampling())))

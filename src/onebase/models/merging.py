@@ -1,25 +1,27 @@
-"""Merging a stored base: which tensor each parameter is loaded from, and a check of what was written."""
+"""Merging a stored base: the empty model that its files are for, and a check of what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
 from onebase.adapter import Adapter
 from onebase.errors import BaseError, BaseMismatch, DataError
 from onebase.format import load_adapter, read_stored
 from onebase.injection import injected
 from onebase.merge import MergePlan, Skeleton, make_plan, merged
-from onebase.models.base import Base, check_folder, family_of, load_base
+from onebase.models.base import Base, check_folder, family_of, load_base, wrap_base
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
+from onebase.models.stored import sources_of
+from onebase.models.vocabulary import tokenizer_files
 from onebase.shards import list_tensors, read_tensor
 
 PROMPTS = (
@@ -37,73 +39,96 @@ def plan_merge(
     Raises BaseMismatch that lists every problem at once, FormatError for broken files, BaseError for a folder
     that is no model. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    base = open_skeleton(folder)
     if not isinstance(adapter, Adapter):
-        return make_plan(base, adapter_for(base, adapter, allow_base_mismatch))
-    theirs = adapter.origin.fingerprint
+        return plan_for(*open_pair(folder, adapter, allow_base_mismatch))
+    base, theirs = open_skeleton(folder, _paths(adapter)), adapter.origin.fingerprint
     if theirs and theirs != base.fingerprint and not allow_base_mismatch:
         asked = f"the adapter cannot be merged into {folder}"
         found = f"made for base {adapter.origin.base}, {theirs}; this base has {base.fingerprint}"
         raise BaseMismatch(asked, found, hint="--allow-base-mismatch to go on")
-    return make_plan(base, adapter)
+    return plan_for(base, adapter)
 
 
-def adapter_for(base: Skeleton, folder: str | Path, allow_base_mismatch: bool = False) -> Adapter:
-    """`load_adapter` for a base without weights. Of these it reads what the adapter carries a copy of."""
-    infos = {info.name: info for info in base.tensors}
+def plan_for(base: Skeleton, adapter: Adapter) -> MergePlan:
+    """`make_plan`, with a tokenizer that knows the tokens which the adapter added."""
+    return replace(make_plan(base, adapter), files=tokenizer_files(base.folder, adapter.origin.tokens))
+
+
+def open_pair(
+    base: str | Path, adapter: str | Path, allow_base_mismatch: bool = False
+) -> tuple[Skeleton, Adapter]:
+    """A base without weights, and an adapter's folder as `load_adapter` proves that it belongs to it.
+
+    Of the base's weights it reads those that the adapter carries a copy of.
+    """
+    stored = read_stored(adapter)
+    skeleton = open_skeleton(base, _paths(stored.adapter))
+    infos = {info.name: info for info in skeleton.tensors}
     copied = {
-        name: read_tensor(infos[base.stored[name]])
-        for name in read_stored(folder).base_copies
-        if name in base.stored
+        name: read_tensor(infos[skeleton.stored[name]])
+        for name in stored.base_copies
+        if name in skeleton.stored
     }
-    base.model.load_state_dict(copied, strict=False, assign=True)
-    return load_adapter(folder, base, allow_base_mismatch)
+    skeleton.model.load_state_dict(copied, strict=False, assign=True)
+    return skeleton, load_adapter(adapter, skeleton, allow_base_mismatch)
 
 
-def open_skeleton(folder: str | Path) -> Skeleton:
-    """A model folder's modules without their weights, by transformers' own rules for the names in its files."""
+def _paths(adapter: Adapter) -> list[str]:
+    return [*adapter.lowrank, *adapter.full, *adapter.tokens]
+
+
+def open_skeleton(folder: str | Path, paths: Iterable[str] = ()) -> Skeleton:
+    """A model folder's modules without their weights, by transformers' own rules for the names in its files.
+
+    The model is the one that `load_base` gives; or the architecture that the configuration names (an encoder with
+    its task head, a vision transformer), where that has modules of these paths and the other has not.
+    """
     folder = Path(folder)
     check_folder(folder, folder)
     tensors = tuple(list_tensors(folder))
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            family = family_of((config.architectures or ["none named"])[0]) if config.architectures else None
-            if family is None:
-                raise BaseError(f"cannot merge into {folder}", f"{config.architectures}: not a text model")
             with torch.device("meta"):
-                model = family[1].from_config(config)
+                model = _model_with(config, set(paths))
         except (
             OSError,
             ValueError,
             KeyError,
         ) as error:  # transformers reports a bad configuration in many ways
             raise BaseError(f"cannot merge into {folder}", str(error).strip()) from error
-    stored = _stored_names(model, [info.name for info in tensors])
     loose: Any = type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False})
+    sources = sources_of(model, tensors)
     return Skeleton(
         folder=folder,
         model=model,
         tensors=tensors,
-        stored=stored,
+        stored=sources.plain,
         ties=model.all_tied_weights_keys,
         unties=not loose.tie_word_embeddings,
         fingerprint=fingerprint_files(folder),
+        fusions=sources.fusions,
     )
 
 
-def _stored_names(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Parameter -> stored tensor, for those that are loaded as they stand; fused or split ones are left out."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    state = model.state_dict()
-    found: dict[str, str] = {}
-    for name in names:
-        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if own in state and converted is None:
-            found[own] = name
-    return found
+def _model_with(config: Any, paths: set[str]) -> Any:
+    """An empty model of this configuration that has these paths, if one of two does; else the first."""
+    name = (config.architectures or ["none named"])[0]
+    family, own = family_of(name) if config.architectures else None, getattr(transformers, name, None)
+    makers: list[Any] = [family[1].from_config] if family else []
+    if isinstance(own, type) and issubclass(own, PreTrainedModel):
+        makers.append(own)
+    if not makers:
+        raise ValueError(f"{name}: not an architecture that transformers has")
+    models = [makers[0](config)]
+    if len(makers) > 1 and not paths <= _names(models[0]):
+        models.append(makers[1](config))
+    return next((model for model in models if paths <= _names(model)), models[0])
+
+
+def _names(model: nn.Module) -> set[str]:
+    """The paths of all modules and parameters."""
+    return {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
 
 
 class MergeCheck(NamedTuple):
@@ -121,16 +146,16 @@ def check_merge(
 ) -> MergeCheck:
     """Compare a merged model with its base and adapter on a few prompts. Loads one model at a time.
 
-    Without a tokenizer, fixed token ids stand in for the prompts.
+    Fixed token ids stand in for the prompts where there is no tokenizer, fixed noise for pictures.
     """
-    before = load_base(base, "float32")
+    before = _loaded(base, adapter)
     rows = _rows(before, prompts)
     with injected(before.model, adapter):
         wanted = [_outputs(before, row) for row in rows]
     with merged(before.model, adapter):
         exact = [_outputs(before, row) for row in rows]
     del before
-    after = load_base(output, "float32")
+    after = _loaded(output, adapter)
     got = [_outputs(after, row) for row in rows]
     choices = torch.cat([(g.argmax(-1) == w.argmax(-1)).float() for g, w in zip(got, wanted, strict=True)])
     return MergeCheck(
@@ -142,22 +167,69 @@ def check_merge(
     )
 
 
-def _rows(base: Base, prompts: Sequence[str]) -> list[Tensor]:
+class LogitCheck(NamedTuple):
+    """Two adapters on the same base, in logits (an encoder: in hidden states), computed in float32."""
+
+    tokens: int
+    largest: float  # the largest absolute logit, to compare the difference with
+    difference: float
+    same_choice: float  # share of the positions where both have the same likeliest token
+
+
+def check_adapters(
+    base: str | Path, source: Adapter, result: Adapter, prompts: Sequence[str] = PROMPTS
+) -> LogitCheck:
+    """Compare what two adapters make of a base on a few prompts."""
+    loaded = _loaded(base, source)
+    rows = _rows(loaded, prompts)
+    found: list[list[Tensor]] = []
+    for adapter in (source, result):
+        with injected(loaded.model, adapter):
+            found.append([_outputs(loaded, row) for row in rows])
+    wanted, got = found
+    choices = torch.cat([(g.argmax(-1) == w.argmax(-1)).float() for g, w in zip(got, wanted, strict=True)])
+    largest = max(float(w.abs().max()) for w in wanted)
+    return LogitCheck(len(choices), largest, _largest_difference(got, wanted), float(choices.mean()))
+
+
+def _loaded(folder: str | Path, adapter: Adapter) -> Base:
+    """The model that `open_skeleton` chooses for this adapter, with its weights, in float32."""
+    kind: Any = type(open_skeleton(folder, _paths(adapter)).model)
+    base = load_base(folder, "float32")
+    if type(base.model) is kind:
+        return base
+    with quiet():
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return wrap_base(model, base.tokenizer, base.name)
+
+
+def _rows(base: Base, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The model's inputs for each prompt, a batch of one."""
+    model: Any = base.model
+    if model.main_input_name == "pixel_values":
+        shape = (1, model.config.num_channels, *_pair(model.config.image_size))
+        return [{"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}]
     if base.tokenizer is None:
-        words = base.model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
-        return [torch.arange(1, 1 + min(8, words - 1), device=base.device)]
-    rows = [base.tokenizer(text)["input_ids"][: base.context] for text in prompts]
+        words = model.get_input_embeddings().weight.shape[0]
+        rows = [list(range(1, 1 + min(8, words - 1)))]
+    else:
+        rows = [base.tokenizer(text)["input_ids"][: base.context] for text in prompts]
     if not all(rows):
         raise DataError("check the merge", "a prompt without a single token")
-    return [torch.tensor(row, device=base.device) for row in rows]
+    names = ("input_ids", "decoder_input_ids") if base.kind == "seq2seq" else ("input_ids",)
+    return [dict.fromkeys(names, torch.tensor([row], device=base.device)) for row in rows]
 
 
-def _outputs(base: Base, row: Tensor) -> Tensor:
-    """(tokens, vocabulary) logits, or an encoder's (tokens, width) hidden states."""
-    extra: dict[str, Any] = {"decoder_input_ids": row[None]} if base.kind == "seq2seq" else {}
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _outputs(base: Base, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(positions, vocabulary or classes) logits, or an encoder's (positions, width) hidden states."""
     with torch.no_grad():
-        result: Any = base.model(input_ids=row[None], **extra)
-    return (result.logits if "logits" in result else result.last_hidden_state)[0].float()
+        result: Any = base.model(**inputs)
+    values = result.logits if "logits" in result else result.last_hidden_state
+    return values.float().flatten(0, -2)
 
 
 def _largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:

@@ -38,7 +38,8 @@ def effective_weight(weight_oi: Tensor, low: Factors, magnitude_o: Tensor | None
     equation 3; Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5 and section 4.3.
     """
     wide = torch.promote_types(weight_oi.dtype, low.A.dtype)
-    changed = weight_oi.to(wide) + update(low)
+    weight, b, a = (t.to(wide).unflatten(0, (low.blocks, -1)) for t in (weight_oi, low.B, low.A))
+    changed = torch.baddbmm(weight, b, a, alpha=low.scale).flatten(0, 1)  # one pass over W
     if magnitude_o is not None:
         changed = changed * (magnitude_o / changed.detach().norm(dim=1))[:, None]
     return changed.to(weight_oi.dtype)

@@ -17,16 +17,17 @@ from typing import Any
 from onebase.adapter import Adapter
 from onebase.config import Sampling, TrainConfig, flatten
 from onebase.data.read import Example
-from onebase.data.template import render_prompt
+from onebase.data.template import Encoded, encode, render_prompt
 from onebase.device import machine, peak_memory
 from onebase.errors import BaseMismatch
-from onebase.evaluation import Scores, grouped_references, mean_loss, packing, text_scores
+from onebase.evaluation import Scores, grouped_references, mean_loss, text_scores
 from onebase.files import write_text
 from onebase.format import TENSORS, read_adapter, write_adapter
 from onebase.injection import base_tensors, injected, with_kinds
 from onebase.models.base import Base
 from onebase.models.fingerprint import combined, tensor_digests
 from onebase.models.generation import answers
+from onebase.models.scoring import choose, scorer
 from onebase.targets import CoverageRow
 from onebase.training import checkpoint
 from onebase.training.card import model_card
@@ -85,7 +86,7 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
         timing=_timing(outcome),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         finished=reason,
-        packing=outcome.ready.packing,
+        way=outcome.ready.way.shown,
         coverage=tuple(_target_row(row) for row in outcome.plan.coverage),
         samples=samples,
         before=before,
@@ -144,8 +145,8 @@ def _compare(
         return None, None, ()
     groups = grouped_references(outcome.ready.data.valid)[: outcome.config.samples]
     before, plain = _score(base, None, groups, outcome)
-    after, tuned = _score(base, adapter, groups, outcome)
-    tokenizer: Any = base.tokenizer
+    after, tuned = _score(outcome.ready.words.base, adapter, groups, outcome)
+    tokenizer: Any = outcome.ready.words.base.tokenizer
     texts = [
         str(tokenizer.decode(render_prompt(tokenizer, group[0][0], outcome.ready.data.form)))
         for group in groups
@@ -167,10 +168,9 @@ def _score(
 ) -> tuple[Score, list[str]]:
     data, config = outcome.ready.data, outcome.config
     with injected(base.model, adapter, "finish"):
-        with packing(base, outcome.ready.packing == "packed"):
-            loss, tokens = mean_loss(
-                base.model, data.valid_rows.rows, outcome.ready.batcher, config.optim.batch_size
-            )
+        way = outcome.ready.way if adapter else choose(base, "auto", None)
+        rows = _read_by(base, outcome)
+        loss, tokens = mean_loss(scorer(base, way, "finish"), rows, config.optim.batch_size)
         if not groups:
             return Score(loss, Scores(loss, tokens).perplexity), []
         longest = max(len(row.ids) for row in data.valid_rows.rows)
@@ -178,6 +178,15 @@ def _score(
         given = answers(base, [group[0][0] for group in groups], data.form, room)
     exact = text_scores(given, [[text for _, text in group] for group in groups])[0]
     return Score(loss, Scores(loss, tokens).perplexity, exact), given
+
+
+def _read_by(base: Base, outcome: Outcome) -> list[Encoded]:
+    """The held-out rows as this base's tokenizer reads them: the plain base has never heard of added tokens."""
+    data, words = outcome.ready.data, outcome.ready.words
+    if base.tokenizer is words.base.tokenizer:
+        return data.valid_rows.rows
+    options = replace(outcome.config.data, overlong="truncate")  # more tokens: there may be no room for them
+    return encode(base.tokenizer, data.valid, options, base.stop_ids, base.context).rows  # pyright: ignore[reportArgumentType]
 
 
 def _shown(example: Example, rendered: str) -> str:
@@ -190,7 +199,7 @@ def _adapter_facts(folder: Path, adapter: Adapter, outcome: Outcome) -> AdapterF
     targets = config.target_modules
     return AdapterFacts(
         path=str(folder),
-        parameters=adapter.parameters,
+        parameters=outcome.plan.trainable,
         file_bytes=(folder / TENSORS).stat().st_size,
         rank=config.rank,
         alpha=config.alpha,

@@ -15,8 +15,9 @@ from onebase.config import OptimConfig
 from onebase.data.pack import step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.errors import Diverged
-from onebase.evaluation import Batcher, mean_loss
+from onebase.evaluation import mean_loss
 from onebase.injection import adapter_dropout, extract
+from onebase.models.scoring import Scorer
 from onebase.training import checkpoint
 from onebase.training.checkpoint import Progress, Snapshot
 from onebase.training.optim import lr_factor, optimizer_tensors, set_lr
@@ -69,7 +70,8 @@ class Session:
     optimizer: torch.optim.Optimizer
     train_rows: Sequence[Encoded]
     valid_rows: Sequence[Encoded]
-    batcher: Batcher
+    score: Scorer
+    groups: tuple[int, ...]  # a number for each row, alike where rows should meet; empty: as they come
     config: OptimConfig
     seed: int
     folder: Path
@@ -130,14 +132,18 @@ def _due(step: int, every: int, total: int) -> bool:
 def _step(session: Session, progress: Progress) -> Stepped:
     started, config = time.perf_counter(), session.config
     batches = step_rows(
-        len(session.train_rows), config.batch_size, config.accumulate, session.seed, progress.step
+        len(session.train_rows),
+        config.batch_size,
+        config.accumulate,
+        session.seed,
+        progress.step,
+        session.groups,
     )
     lr = set_lr(session.optimizer, lr_factor(progress.step, session.total_steps, config))
     rows = [[session.train_rows[index] for index in batch] for batch in batches]
     try:
-        made = [session.batcher(batch) for batch in rows]
         with adapter_dropout(session.model):
-            result = train_step(session.model, session.parameters, session.optimizer, made, config.clip)
+            result = train_step(session.score.loss, session.parameters, session.optimizer, rows, config.clip)
     except Diverged as error:
         numbers = [row.row for batch in rows for row in batch]
         raise Diverged(
@@ -177,7 +183,7 @@ def _advice(session: Session) -> str:
 
 def _evaluate(session: Session, progress: Progress) -> Evaluated:
     started = time.perf_counter()
-    loss, tokens = mean_loss(session.model, session.valid_rows, session.batcher, session.config.batch_size)
+    loss, tokens = mean_loss(session.score, session.valid_rows, session.config.batch_size)
     metrics = {
         "kind": "eval",
         "step": progress.step,

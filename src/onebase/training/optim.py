@@ -14,6 +14,11 @@ from onebase.errors import FormatError
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
+def learned(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[str, nn.Parameter]:
+    """The parameters that learn: all, or with freeze_a all but A (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303)."""
+    return {n: p for n, p in parameters.items() if not (config.freeze_a and n.endswith(".A"))}
+
+
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """PyTorch's AdamW; with lora_plus the B factors learn that many times faster (Hayou et al. 2024)."""
     groups = [

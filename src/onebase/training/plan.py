@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from onebase.config import TrainConfig
-from onebase.data.pack import step_rows, steps_per_epoch
+from onebase.data.pack import prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.kinds import KINDS, kind_of
 from onebase.layers import base_modules
 from onebase.models.base import Base
 from onebase.targets import CoverageRow, output_head
+from onebase.tokens import token_targets
 from onebase.training.loop import total_steps
 from onebase.training.prepare import Prepared
+from onebase.variants import sizes
 
 _RUNTIME = 400 << 20  # Python, PyTorch and transformers themselves, as measured at start-up
 
@@ -33,8 +36,9 @@ class Plan:
     loss_tokens: int
     steps: int
     dtype: str
-    packing: str
+    way: str  # how rows are scored
     coverage: list[CoverageRow]
+    token_rows: list[str]  # a line for each token whose rows are trained
 
     @property
     def share(self) -> float:
@@ -45,23 +49,40 @@ class Plan:
 def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
     """Count what the run will train and take."""
     rows = ready.data.train_rows.rows
-    low = sum(target.rank * target.site.blocks * sum(target.site.shape) for target in ready.coverage.targets)
     modules = dict(base_modules(base.model))
+    low, fixed = _update_sizes(config, ready, modules)
     full = sum(p.numel() for path in ready.coverage.full for p in modules[path].parameters())
+    full += _row_values(base, config, ready)
     return Plan(
         trainable=low + full,
-        total=base.parameters + low + full,
+        total=base.parameters + low + full + fixed,
         base_bytes=base.stored_bytes,
-        memory=_memory(base, low + full, _largest_batch(rows, config, ready.packing == "packed")),
+        memory=4 * fixed
+        + _memory(base, low + full, _largest_batch(rows, config, ready.way.name != "padded")),
         rows=len(rows),
         valid_rows=len(ready.data.valid_rows.rows),
         tokens=sum(len(row.ids) for row in rows),
         loss_tokens=sum(sum(row.loss) for row in rows),
         steps=total_steps(len(rows), config.optim),
         dtype=f"{base.dtype} ({base.dtype_reason})",
-        packing=ready.packing,
+        way=ready.way.shown,
         coverage=ready.coverage.rows(),
+        token_rows=ready.words.lines,
     )
+
+
+def _update_sizes(config: TrainConfig, ready: Prepared, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """How many values of the updates are trained, and how many are fixed: A with freeze_a, what a start holds."""
+    found = [sizes(t, config.lora, modules[t.site.owner]) for t in ready.coverage.targets]
+    fixed = sum(one.held + (one.A if config.optim.freeze_a else 0) for one in found)
+    return sum(sum(one) for one in found) - fixed, fixed
+
+
+def _row_values(base: Base, config: TrainConfig, ready: Prepared) -> int:
+    """The values of trained token rows."""
+    lora = replace(config.lora, trainable_tokens=ready.words.names)
+    rows = token_targets(base.model, lora)
+    return sum(len(ids) * base.model.get_parameter(f"{path}.weight").shape[1] for path, ids in rows.items())
 
 
 def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
@@ -90,9 +111,10 @@ def _linears(model: nn.Module) -> list[nn.Module]:
 def _largest_batch(rows: list[Encoded], config: TrainConfig, packed: bool) -> tuple[int, int]:
     """Tokens and loss tokens of the largest batch of the first epoch, padding included."""
     optim, largest = config.optim, (0, 0)
+    groups = prompt_groups(rows) if optim.group_prompts else ()
     one_pass = steps_per_epoch(len(rows), optim.batch_size, optim.accumulate)
     for step in range(min(one_pass, total_steps(len(rows), optim))):
-        for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step):
+        for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step, groups):
             lengths = [len(rows[index].ids) for index in batch]
             tokens = sum(lengths) if packed else max(lengths) * len(lengths)
             largest = max(largest, (tokens, sum(sum(rows[index].loss) for index in batch)))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from onebase.config import DataConfig, LoraConfig, TrainConfig
+from onebase.adapter import Adapter, Origin
+from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
 from onebase.data.preview import DataSummary, summarise
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.data.template import EncodedSet, PromptFormat, encode
 from onebase.errors import BaseError, ConfigError
-from onebase.evaluation import Batcher, batcher
+from onebase.injection import adapter_for
+from onebase.layers import base_modules
 from onebase.models.base import Base
+from onebase.models.scoring import Way, choose
+from onebase.models.vocabulary import Vocabulary, resolve_tokens
 from onebase.targets import Coverage, match
+from onebase.variants import INITS, check_start
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,18 @@ class Prepared:
 
     data: Data
     coverage: Coverage
-    batcher: Batcher
-    packing: str  # "packed", or the reason why batches are padded
+    way: Way  # how rows are scored
     allowed: tuple[str, ...]  # gates that failed and were overridden
+    words: Vocabulary  # the base with a tokenizer that knows the run's added tokens
 
 
-def read_data(base: Base, config: DataConfig, seed: int, trained: tuple[str, ...] = ()) -> Data:
+def read_data(
+    base: Base, config: DataConfig, seed: int, trained: tuple[str, ...] = (), tokens: tuple[int, ...] = ()
+) -> Data:
     """Read, split and encode the rows, and check them; the summary lists the gates that fail.
 
-    `trained` are the modules that the run trains in full: special tokens are learnt if the embedding is one.
+    `trained` are the modules that the run trains in full, `tokens` the ids whose rows it trains: special tokens are
+    learnt if the embedding is among the first, or they among the others.
     """
     tokenizer = tokenizer_of(base)
     examples = read_examples(config.data, config)
@@ -62,7 +70,7 @@ def read_data(base: Base, config: DataConfig, seed: int, trained: tuple[str, ...
     valid_rows = encode(tokenizer, valid, config, base.stop_ids, base.context)
     frozen = not any("embed" in name or "wte" in name for name in trained)
     untrained = added_untrained_ids(tokenizer, _embedding(base)) if frozen else frozenset[int]()
-    findings = check(train_rows, tokenizer, base.stop_ids, untrained)
+    findings = check(train_rows, tokenizer, base.stop_ids, untrained - set(tokens))
     form = PromptFormat.of(config, train)
     return Data(train, valid, train_rows, valid_rows, form, summarise(train, train_rows, findings))
 
@@ -86,12 +94,22 @@ def prepare(base: Base, config: TrainConfig) -> Prepared:
     """Check everything and give what the run needs. Raises the first OnebaseError; nothing is written yet."""
     lora, allowed = config.lora, config.data.allowed
     coverage = match(base.model, lora)
-    data = read_data(base, config.data, config.seed, coverage.full)
+    check_start(lora, coverage.targets, dict(base_modules(base.model)))
+    _check_frozen(coverage, config.optim)
+    words = resolve_tokens(base, lora.trainable_tokens)  # pyright: ignore[reportArgumentType]
+    _check_new_tokens(words, lora)
+    data = read_data(words.base, config.data, config.seed, coverage.full, words.ids)
     findings = [*data.summary.findings, *_uneven(coverage)]
     overridden = enforce(findings, allowed)
     _check_sizes(data, lora)
-    make, how = batcher(base, config.optim.attention)
-    return Prepared(data, coverage, make, how, tuple(finding.gate for finding in overridden))
+    way = choose(base, config.optim.engine, _probe(base, coverage, config, words))
+    return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words)
+
+
+def _probe(base: Base, coverage: Coverage, config: TrainConfig, words: Vocabulary) -> Adapter:
+    """An adapter of the run's shape, to prove a way of scoring with; where it starts does not matter for that."""
+    lora = replace(config.lora, init="default", trainable_tokens=words.names)
+    return adapter_for(base.model, coverage, lora, config.seed, Origin(tokens=words.new), {})
 
 
 def _uneven(coverage: Coverage) -> list[Finding]:
@@ -99,6 +117,20 @@ def _uneven(coverage: Coverage) -> list[Finding]:
         return []
     fix = "say which layers are meant with --layers, or name targets that every layer has"
     return [Finding("uneven-targets", (), "; ".join(coverage.uneven) + f"\n    fix: {fix}")]
+
+
+def _check_new_tokens(words: Vocabulary, lora: LoraConfig) -> None:
+    beyond = [text for text, token in words.new.items() if token >= len(_embedding(words.base))]
+    if beyond and INITS[lora.init].needs in ("inputs", "gradients"):
+        found = f"it runs the plain base, which has no rows for new tokens ({', '.join(beyond)})"
+        raise ConfigError(f"option init={lora.init}", found, hint="choose a start that needs no data")
+
+
+def _check_frozen(coverage: Coverage, optim: OptimConfig) -> None:
+    embeddings = [target.path for target in coverage.targets if target.site.kind == "embedding"]
+    if optim.freeze_a and embeddings:
+        found = f"{embeddings[0]} is an embedding, whose A starts at 0: it would learn nothing"
+        raise ConfigError("option freeze_a", found, hint="leave it out with --exclude-modules")
 
 
 def _check_sizes(data: Data, lora: LoraConfig) -> None:

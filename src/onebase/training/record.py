@@ -172,8 +172,8 @@ class Timing:
 class RunRecord:
     """Everything that the report and the model card say; `from_dict(r.as_dict()) == r`, also through JSON.
 
-    `before` and `after` are None where a run has no held-out rows; `packing` is "packed", or why batches were
-    padded; `allowed` names the overridden gates; `finished` says why training ended.
+    `before` and `after` are None where a run has no held-out rows; `way` says how rows were
+    scored; `allowed` names the overridden gates; `finished` says why training ended.
     """
 
     title: str
@@ -184,7 +184,7 @@ class RunRecord:
     timing: Timing
     command: str
     finished: str
-    packing: str
+    way: str
     coverage: tuple[TargetRow, ...]
     samples: tuple[Sample, ...] = ()
     before: Score | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ import yaml
 
 from onebase.adapter import Adapter, Origin
 from onebase.config import TrainConfig, build, flatten
+from onebase.data.pack import prompt_groups
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
-from onebase.evaluation import packing
 from onebase.files import process_lock, remove, require_writable, write_text
 from onebase.injection import adapter_for, base_tensors, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.fingerprint import tensor_digests
+from onebase.models.scoring import Thrift, scorer
 from onebase.training import checkpoint
+from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
 from onebase.training.finish import Outcome, finish
 from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Evaluated, Event, Finished, Session, Stepped, run_loop
-from onebase.training.optim import make_optimizer, restore_optimizer
+from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
 from onebase.training.prepare import Prepared, prepare
 from onebase.training.record import MetricsFile, RunRecord
@@ -158,7 +160,7 @@ def _facts(base: Base, config: TrainConfig, ready: Prepared) -> dict[str, Any]:
         "dtype": base.dtype,
         "base fingerprint": base.fingerprint,
         "data digest": ready.data.digest,
-        "batches": "packed" if ready.packing == "packed" else "padded",
+        "way": ready.way.name,
     }
 
 
@@ -208,7 +210,7 @@ def _train(job: _Job, listener: Listener | None, stop: Callable[[], bool]) -> Ru
     try:
         session = _session(job)
         progress = job.snapshot.progress if job.snapshot else Progress()
-        with eval_mode(model), use(model, NAME), packing(job.base, job.ready.packing == "packed"):
+        with eval_mode(model), use(model, NAME):
             ended = _drive(session, progress, job.config, listener, stop)
     finally:
         eject(model, [NAME])
@@ -224,13 +226,16 @@ def _first_adapter(job: _Job) -> Adapter:
     """The checkpoint's adapter in a resumed run, else a fresh one."""
     if job.snapshot:
         return job.snapshot.adapter
-    task, form = TASKS.get(job.base.kind, ""), job.ready.data.form
-    origin = Origin(job.base.name, job.base.fingerprint, task, form.as_dict())
-    return adapter_for(job.base.model, job.ready.coverage, job.config.lora, job.config.seed, origin)
+    task, form, words = TASKS.get(job.base.kind, ""), job.ready.data.form, job.ready.words
+    origin = Origin(job.base.name, job.base.fingerprint, task, form.as_dict(), tokens=words.new)
+    lora = replace(job.config.lora, trainable_tokens=words.names)
+    seen = calibrate(job.base, job.config, job.ready)
+    return adapter_for(job.base.model, job.ready.coverage, lora, job.config.seed, origin, seen)
 
 
 def _session(job: _Job) -> Session:
-    config, parameters = job.config, trainable(job.base.model, NAME)
+    config = job.config
+    parameters = learned(trainable(job.base.model, NAME), config.optim)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, config.optim)
@@ -243,7 +248,8 @@ def _session(job: _Job) -> Session:
         optimizer=optimizer,
         train_rows=job.ready.data.train_rows.rows,
         valid_rows=job.ready.data.valid_rows.rows,
-        batcher=job.ready.batcher,
+        score=scorer(job.base, job.ready.way, NAME, Thrift(checkpoint=config.optim.recompute)),
+        groups=prompt_groups(job.ready.data.train_rows.rows) if config.optim.group_prompts else (),
         config=config.optim,
         seed=config.seed,
         folder=job.folder,

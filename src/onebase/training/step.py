@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from onebase.data.pack import Batch, targets
+from onebase.data.template import Encoded
 from onebase.errors import Diverged, TargetError
-from onebase.models.loss import loss_sum
+from onebase.models.scoring import Loss, loss_tokens
 
 
 class StepResult(NamedTuple):
@@ -22,39 +22,39 @@ class StepResult(NamedTuple):
     tokens: int
 
 
-def gradients(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, int]:
+def gradients(loss: Loss, batches: Sequence[Sequence[Encoded]]) -> tuple[float, int]:
     """Add the gradient of the step's mean loss to the parameters; returns that loss and its number of targets.
 
     Every batch is divided by the targets of the whole step, so the gradient does not depend on how the rows
     are cut into batches (peers that average the batches' means weigh a token by its batch).
     """
-    count = sum(len(targets(batch).ids) for batch in batches)
+    count = sum(loss_tokens(rows) for rows in batches)
     total = 0.0
-    for batch in batches:
-        loss = loss_sum(model, batch)[0] / max(count, 1)
-        if loss.requires_grad:  # not where every adapted module is unused, which check_used reports
-            loss.backward()
-        total += float(loss.detach())
+    for rows in batches:
+        mean = loss(rows) / max(count, 1)
+        if mean.requires_grad:  # not where every adapted module is unused, which check_used reports
+            mean.backward()
+        total += float(mean.detach())
     return total, count
 
 
 def train_step(
-    model: nn.Module,
+    loss: Loss,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Sequence[Sequence[Encoded]],
     clip: float,
 ) -> StepResult:
     """One step of AdamW. Raises Diverged, before any parameter changes, where loss or gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
-    loss, count = gradients(model, batches)
+    mean, count = gradients(loss, batches)
     graded = [p for p in parameters.values() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(graded, clip if clip else float("inf"), error_if_nonfinite=False)
-    if not torch.isfinite(norm) or loss != loss or abs(loss) == float("inf"):
+    if not torch.isfinite(norm) or mean != mean or abs(mean) == float("inf"):
         optimizer.zero_grad(set_to_none=True)
-        raise Diverged("training", f"loss {loss}, gradient norm {float(norm)}")
+        raise Diverged("training", f"loss {mean}, gradient norm {float(norm)}")
     optimizer.step()
-    return StepResult(loss, float(norm), count, sum(sum(batch.lengths) for batch in batches))
+    return StepResult(mean, float(norm), count, sum(len(row.ids) for rows in batches for row in rows))
 
 
 def check_used(parameters: Mapping[str, nn.Parameter]) -> None:

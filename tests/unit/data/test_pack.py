@@ -13,6 +13,7 @@ from onebase.data.pack import (
     epoch_order,
     pack,
     pad,
+    prompt_groups,
     step_rows,
     steps_per_epoch,
     targets,
@@ -52,6 +53,64 @@ def test_the_order_is_pinned_and_changes_with_seed_and_epoch():
     assert len(orders) == 9
     epoch_order(20, 0, 0).clear()
     assert len(epoch_order(20, 0, 0)) == 20
+
+
+GROUPS = st.lists(st.integers(0, 5), min_size=1, max_size=40).map(tuple)
+
+
+def epoch_batches(groups, batch_size, accumulate, seed=0, epoch=0):
+    steps = steps_per_epoch(len(groups), batch_size, accumulate)
+    return [
+        step_rows(len(groups), batch_size, accumulate, seed, epoch * steps + step, groups)
+        for step in range(steps)
+    ]
+
+
+@given(GROUPS, SIZES, SIZES, st.integers(0, 3), st.integers(0, 2))
+def test_grouped_epochs_see_each_row_once_and_split_little(groups, batch_size, accumulate, seed, epoch):
+    steps = epoch_batches(groups, batch_size, accumulate, seed, epoch)
+    batches = [batch for step in steps for batch in step]
+    assert sorted(row for batch in batches for row in batch) == list(range(len(groups)))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert all(len(step) == accumulate for step in steps[:-1])
+    # A batch splits one group at most, beside those that no batch could hold.
+    met = sum(len({groups[row] for row in batch}) for batch in batches)
+    needed = sum(-(-groups.count(group) // batch_size) for group in set(groups))
+    assert met <= needed + len(batches)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_that_fit_are_not_split(seed):
+    groups = (*range(8), *range(8), *range(8), *range(20, 28))  # eight groups of three rows, eight of one
+    batches = [batch for (batch,) in epoch_batches(groups, 4, 1, seed)]
+    assert len(batches) == 8
+    for batch in batches:
+        assert sorted(groups.count(groups[row]) for row in batch) == [1, 3, 3, 3]
+        assert len({groups[row] for row in batch}) == 2
+
+
+def test_the_grouped_order_is_pinned_and_changes_with_seed_and_epoch():
+    # A change of this order would break every resumed run.
+    groups = (0, 0, 0, 1, 1, 2, 2, 2, 2, 3)
+    assert epoch_batches(groups, 4, 1) == [[[0, 2, 1, 9]], [[5, 7, 8, 6]], [[3, 4]]]
+    orders = {
+        str(epoch_batches(tuple(range(10)) * 2, 4, 1, seed, epoch)) for seed in range(3) for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+def test_groups_are_equal_prompts():
+    prompt, other = list(range(8)), [*range(7), 99]
+
+    def made(ids, loss_from, count=12):
+        ids = [*ids, *range(50, 50 + count - len(ids))]
+        return Encoded(0, ids, [index >= loss_from for index in range(count)])
+
+    rows = [made(prompt, 8), made(other, 8), made([*prompt, 7], 8), made(prompt, 12), made(prompt, 9)]
+    assert prompt_groups(rows) == (0, 1, 0, 2, 3)
+    # Too little to share: each for itself, so that the order stays as random as it can be.
+    assert prompt_groups([made(prompt, 7), made(prompt, 7), made(prompt, 0), made(prompt, 0)]) == (0, 1, 2, 3)
+    assert prompt_groups([]) == ()
 
 
 @given(encoded_rows())

@@ -20,8 +20,9 @@ from onebase.config import LoraConfig
 from onebase.errors import BaseError, BaseMismatch, OutputError, OutputExists
 from onebase.format import save_adapter
 from onebase.injection import injected
-from onebase.layers import merged_weight
-from onebase.merge import OutputOptions, make_plan, merge_files
+from onebase.kinds import merged_weight
+from onebase.merge import make_plan
+from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.merging import check_merge, open_skeleton, plan_merge
 from onebase.shards import INDEX, SINGLE, list_tensors
@@ -148,7 +149,7 @@ def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
     folder, adapter = save(model, tmp_path / "base"), trained(model, SPECS["every kind"]("gpt2"))
     plan = plan_merge(folder, adapter)
     whole = tensors(merge_files(plan, tmp_path / "whole"))
-    monkeypatch.setattr("onebase.merge.PIECE", 1000)
+    monkeypatch.setattr("onebase.merge_files.PIECE", 1000)
     cut = tensors(merge_files(plan, tmp_path / "cut"))
     assert whole.keys() == cut.keys()
     for name, tensor in whole.items():
@@ -205,7 +206,7 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
         plan_merge(folder, adapter)
     for config, message in {
         '{"model_type": "nonsense"}': "cannot merge",
-        '{"model_type": "llama"}': "not a text model",
+        '{"model_type": "llama"}': "none named: not an architecture",
         '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}': "quantised",
     }.items():
         (folder / "config.json").write_text(config)
@@ -298,7 +299,8 @@ from safetensors.torch import save_file
 from torch import nn
 from onebase.adapter import Adapter, LowRank
 from onebase.config import LoraConfig
-from onebase.merge import OutputOptions, Skeleton, make_plan, merge_files
+from onebase.merge import Skeleton, make_plan
+from onebase.merge_files import OutputOptions, merge_files
 from onebase.shards import list_tensors
 
 folder = Path(sys.argv[1])

@@ -51,7 +51,7 @@ def test_rows_and_tokens(planned):
     assert plan.tokens == sum(len(row.ids) for row in rows)
     assert plan.loss_tokens == sum(carries for row in rows for carries in row.loss)
     assert 0 < plan.loss_tokens < plan.tokens
-    assert plan.packing == "packed"
+    assert plan.way == "engine"
     assert plan.dtype == "float32 (the given model's)"
 
 
@@ -82,5 +82,5 @@ def test_memory_grows_with_what_it_is_for(planned, base):
     assert small.memory > base.stored_bytes
     assert wide.memory > small.memory
     assert ranked.memory - small.memory == 16 * (ranked.trainable - small.trainable)
-    padded, _, _ = planned(rank=2, batch_size=8, attention="padded")
+    padded, _, _ = planned(rank=2, batch_size=8, engine="padded")
     assert padded.memory >= wide.memory

@@ -6,6 +6,7 @@ from onebase.config import TrainConfig, build
 from onebase.data.template import PromptFormat
 from onebase.errors import BaseError, ConfigError, GateError
 from onebase.models.base import wrap_base
+from onebase.models.scoring import Way
 from onebase.training.prepare import prepare, read_data, tokenizer_of
 from texts import CHATS, QUESTIONS, TEXTS, text_base, text_model, tokenizer, write_rows
 from tiny import tiny
@@ -37,7 +38,7 @@ def test_rows_are_split_encoded_and_counted(ready):
     assert data.summary.rows == 22
     assert data.summary.tokens == sum(len(row.ids) for row in data.train_rows.rows)
     assert data.form == PromptFormat(separator="\n")
-    assert (found.packing, found.allowed) == ("packed", ())
+    assert (found.way.name, found.allowed) == ("engine", ())
     assert ready(holdout=5, seed=4).data.valid != data.valid
 
 
@@ -89,7 +90,7 @@ def test_uneven_targets_are_a_gate(tmp_path):
     model = text_model()
     model.model.layers[0].mlp.gate_proj = None  # a layer that has one target less
     path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
-    options = {"data": path, "target_modules": "q_proj,gate_proj", "attention": "padded"}
+    options = {"data": path, "target_modules": "q_proj,gate_proj", "engine": "padded"}
     base = wrap_base(model, tokenizer())
     with pytest.raises(
         GateError, match=r"uneven-targets: .*gate_proj(.|\n)*fix: (.|\n)*--allow uneven-targets"
@@ -117,10 +118,9 @@ def test_dropout_needs_something_to_drop(ready):
 
 
 def test_attention_is_as_asked(ready):
-    assert ready(attention="padded").packing == "--attention padded"
-    rows = ready(attention="padded").data.train_rows.rows[:2]
-    assert not ready(attention="padded").batcher(rows).packed
-    assert ready(attention="packed").batcher(rows).packed
+    assert ready(engine="padded").way == Way("padded", "--engine padded")
+    assert ready(engine="packed").way == Way("packed", "--engine packed")
+    assert ready().way == Way("engine")
 
 
 @pytest.mark.parametrize(("arch", "text"), [("bert", "kind encoder"), ("llama", "no tokenizer files")])

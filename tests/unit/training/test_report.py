@@ -45,7 +45,7 @@ def make_record(**changed) -> facts.RunRecord:
         "timing": facts.Timing(252.4, 180, 373_000, 1478.3),
         "command": "onebase train --data rows.jsonl",
         "finished": "3 epochs were done",
-        "packing": "packed",
+        "way": "engine",
         "samples": (facts.Sample("Is it?", "yes", "maybe", "yes"),),
         "before": facts.Score(3.5, 33.1, 0.25),
         "after": facts.Score(0.5, 1.65, 0.75),
@@ -127,7 +127,7 @@ def test_the_page_says_what_the_record_says(report):
         "Trained parameters 1.82% 2.44 M on top of 135 M",
         "Adapter file 9.8 MB 3.64% of the base's 269 MB",
         "Training time 4 min 12 s 180 steps, 373 k tokens",
-        "1,478 tokens/s bfloat16, packed batches",
+        "1,478 tokens/s bfloat16, engine batches",
         "Base unchanged: verified All 272 tensors",
         "before fp-base after fp-base",
         "q_proj 0-29 576 → 192 30 8",
@@ -155,7 +155,7 @@ def test_user_text_is_escaped_everywhere(report):
         proof=facts.Proof(EVIL, "other", 1, 1.0),
         command=EVIL,
         finished=EVIL,
-        packing=EVIL,
+        way=EVIL,
         allowed=(EVIL,),
         data={EVIL: [EVIL]},
         machine={EVIL: EVIL},
@@ -181,12 +181,12 @@ def test_a_changed_base_is_shown_in_red(report):
 
 def test_what_a_run_lacks_is_said(report):
     bare = make_record(
-        samples=(), before=None, after=None, packing="no packed positions", allowed=("no-eos",)
+        samples=(), before=None, after=None, way="padded (no packed positions)", allowed=("no-eos",)
     )
     text = Page(report(bare, [])).text
     assert "No rows were held out" in text
     assert "The run took no step." in text
-    assert "Batches were padded: no packed positions" in text
+    assert "Rows were scored by padded (no packed positions)" in text
     assert "told to pass over no-eos : an end-of-text token never carries loss" in text
     assert "Before and after" not in text
 

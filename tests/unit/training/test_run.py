@@ -129,7 +129,7 @@ def test_the_record_tells_the_truth(base, done):
     assert record.proof.before == record.proof.after == base.fingerprint
     assert record.proof.tensors == len(base.model.state_dict())
     assert record.allowed == ("no-eos",)
-    assert record.packing == "packed"
+    assert record.way == "engine"
     assert record.adapter.parameters == result.adapter.parameters == 2 * 2 * (32 + 32)
     assert record.adapter.targets == "q_proj"
     assert record.adapter.file_bytes == (result.folder / "adapter_model.safetensors").stat().st_size
@@ -206,10 +206,10 @@ def test_after_an_error_the_base_is_clean(base, files, tmp_path, options, listen
 @pytest.mark.parametrize("kind", ["texts", "chats"])
 @pytest.mark.parametrize("holdout", [0, 3])
 def test_kinds_of_rows(base, files, tmp_path, kind, holdout):
-    options = SMALL | {"holdout": holdout, "samples": 1, "attention": "padded"}
+    options = SMALL | {"holdout": holdout, "samples": 1, "engine": "padded"}
     result = train(base, data=files[kind], output=str(tmp_path / "run"), **options)
     record = result.record
-    assert record.packing == "--attention padded"
+    assert record.way == "padded (--engine padded)"
     assert result.adapter.origin.prompt["chat"] == (kind == "chats")
     assert (record.before is None) == (record.after is None) == (holdout == 0)
     assert len(record.samples) == (1 if holdout and kind == "chats" else 0)
@@ -282,7 +282,7 @@ CHANGED = {
     "an option": ({"lr": 0.5}, r"resume: lr was 0\.01, is 0\.5"),
     "two options": ({"seed": 1, "rank": 4}, "rank was 2, is 4; seed was 0, is 1"),
     "the steps": ({"max_steps": 9}, "max_steps was 3, is 9"),
-    "the batches": ({"attention": "padded"}, "attention was 'auto', is 'padded'"),
+    "the batches": ({"engine": "padded"}, "engine was 'auto', is 'padded'"),
 }
 
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,10 @@ from torch import nn
 
 from adapters import trained
 from onebase.config import LoraConfig
-from onebase.data.pack import pack, pad
 from onebase.data.template import Encoded
 from onebase.errors import Diverged, TargetError
 from onebase.injection import inject, new_adapter, trainable, use
-from onebase.models.packing import packed_attention
+from onebase.models.scoring import packed_loss, padded_loss
 from onebase.training.step import check_used, gradients, train_step
 from tiny import tiny
 
@@ -40,18 +38,18 @@ def prepared(arch="llama"):
     return model, parameters
 
 
-def padded(rows):
-    return pad(rows, 0)
+def cut(rows, size):
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def cut(rows, size, make=padded):
-    return [make(rows[start : start + size]) for start in range(0, len(rows), size)]
+def padded(model):
+    return padded_loss(model, 0)
 
 
-def measured(batches, arch="llama", packed=False):
+def measured(batches, arch="llama", way=padded):
     model, parameters = prepared(arch)
-    with use(model), packed_attention(model) if packed else nullcontext():
-        loss, count = gradients(model, batches)
+    with use(model):
+        loss, count = gradients(way(model), batches)
     return loss, count, {name: parameter.grad for name, parameter in parameters.items()}
 
 
@@ -73,7 +71,7 @@ def test_micro_batches_change_nothing(size):
 @pytest.mark.parametrize("size", [3, 8])
 def test_packed_equals_padded(arch, size):
     rows = some_rows(seed=1)
-    assert_same(measured(cut(rows, size, pack), arch, packed=True), measured(cut(rows, 8), arch), 1e-5)
+    assert_same(measured(cut(rows, size), arch, packed_loss), measured(cut(rows, 8), arch), 1e-5)
 
 
 def row_losses(rows):
@@ -119,7 +117,7 @@ def test_clipping(clip):
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     descent = torch.optim.SGD(parameters.values(), lr=1.0)
     with use(model):
-        result = train_step(model, parameters, descent, batches, clip)
+        result = train_step(padded(model), parameters, descent, batches, clip)
     assert norm > 0.1
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)  # as it was before clipping
     factor = min(1.0, clip / norm) if clip else 1.0
@@ -149,7 +147,7 @@ def test_what_is_not_finite_stops_before_a_parameter_changes(poison, found):
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
     with pytest.raises(Diverged, match=found), use(model):
-        train_step(model, parameters, optimizer, cut(some_rows(), 4), 1.0)
+        train_step(padded(model), parameters, optimizer, cut(some_rows(), 4), 1.0)
     assert not optimizer.state
     for name, parameter in parameters.items():
         assert torch.equal(parameter.nan_to_num(9.0), before[name].nan_to_num(9.0)), name
@@ -161,7 +159,7 @@ def test_a_step_forgets_the_gradient_before_it():
     optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
     batches = cut(some_rows(), 8)
     with use(model):
-        norms = {train_step(model, parameters, optimizer, batches, 0.0).grad_norm for _ in range(2)}
+        norms = {train_step(padded(model), parameters, optimizer, batches, 0.0).grad_norm for _ in range(2)}
     assert len(norms) == 1
 
 
@@ -190,7 +188,7 @@ def test_a_module_that_never_runs_is_found(targets, raises):
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
     with use(model):
-        train_step(model, parameters, optimizer, cut(some_rows(), 4), 1.0)
+        train_step(padded(model), parameters, optimizer, cut(some_rows(), 4), 1.0)
     if not raises:
         check_used(parameters)
         return
@@ -209,7 +207,7 @@ def test_b_starts_at_zero_and_still_counts_as_used():
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     with use(model):
-        gradients(model, cut(some_rows(), 4))
+        gradients(padded(model), cut(some_rows(), 4))
     zero = {name: not bool(parameter.grad.any()) for name, parameter in parameters.items()}
     assert zero == {name: name.endswith(".A") for name in parameters}
     check_used(parameters)

@@ -1,0 +1,129 @@
+"""The loss of rows by the fastest way that a model proves to compute exactly: engine, packed rows or padded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onebase.adapter import Adapter
+from onebase.data.pack import by_length, by_prefix, pack, pad
+from onebase.data.template import Encoded
+from onebase.data.trie import layout
+from onebase.errors import BaseError
+from onebase.injection import injected
+from onebase.models.base import Base
+from onebase.models.engine import Engine, engine_problem
+from onebase.models.loss import loss_sum
+from onebase.models.packing import packed_attention, packing_problem
+
+Loss = Callable[[Sequence[Encoded]], Tensor]
+"""Rows -> the summed nats of their targets, a scalar with a graph to the chosen adapter's parameters.
+
+A sum, not a mean: the caller divides by the targets of the whole step, so that the loss does not depend on how a
+step is cut into batches.
+"""
+
+PROBE = "onebase-probe"  # the adapter's name while a way is proven
+
+
+class Way(NamedTuple):
+    """How rows are scored: `engine`, `packed` or `padded`, and why it is no faster way (empty for the engine)."""
+
+    name: str
+    reason: str = ""
+
+    @property
+    def shown(self) -> str:
+        """For a plan or a report."""
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+class Thrift(NamedTuple):
+    """What the engine may save: memory by computing layers twice, work by computing shared prompts once."""
+
+    checkpoint: bool = False
+    share: bool = True
+
+
+def choose(base: Base, asked: str, adapter: Adapter | None) -> Way:
+    """The way for an adapter on a base: the first that the model proves. `asked` is auto, engine, packed or padded.
+
+    Raises BaseError where the one that was asked for is not exact on this model.
+    """
+    if asked == "padded":
+        return Way("padded", "--engine padded")
+    reason = "--engine packed"
+    if asked != "packed":
+        found = _engine_problem(base, adapter)
+        if found is None:
+            return Way("engine")
+        reason = _refuse_if(asked == "engine", base, "engine", found)
+    found = packing_problem(base.model, base.pad_id)  # pyright: ignore[reportArgumentType]
+    if found is None:
+        return Way("packed", reason)
+    return Way("padded", _refuse_if(asked == "packed", base, "packed", found))
+
+
+def _refuse_if(asked: bool, base: Base, way: str, reason: str) -> str:
+    if asked:
+        raise BaseError(f"--engine {way} on {base.ref}", reason, hint="use --engine auto")
+    return reason
+
+
+def _engine_problem(base: Base, adapter: Adapter | None) -> str | None:
+    if adapter is None:
+        return "the plain base"
+    with injected(base.model, _stirred(adapter), PROBE):
+        return engine_problem(base.model, PROBE)
+
+
+def _stirred(adapter: Adapter) -> Adapter:
+    """The adapter with every B away from 0, so that a proof sees its updates."""
+    draw = torch.Generator().manual_seed(0)
+    low = {
+        path: one._replace(B=one.B + torch.randn(one.B.shape, generator=draw) * 0.02)
+        for path, one in adapter.lowrank.items()
+    }
+    return replace(adapter, lowrank=low)
+
+
+class Scorer(NamedTuple):
+    """A way at work: the loss of rows, and the cheapest batches where their order does not matter."""
+
+    loss: Loss
+    batches: Callable[[Sequence[Encoded], int], list[list[int]]]  # (rows, batch size) -> row indices
+
+
+def scorer(base: Base, way: Way, name: str, thrift: Thrift = Thrift()) -> Scorer:  # noqa: B008
+    """A way that `choose` gave, for the adapter of this name; run it inside `use(model, name)`."""
+    model: Any = base.model
+    if way.name == "packed":
+        return Scorer(packed_loss(model), by_length)
+    if way.name == "padded":
+        return Scorer(padded_loss(model, base.pad_id), by_length)
+    engine = Engine(model, name)
+    return Scorer(lambda rows: engine.loss(layout(rows, thrift.share), thrift.checkpoint), by_prefix)
+
+
+def packed_loss(model: nn.Module) -> Loss:
+    """Through transformers' own layers, rows end to end in one sequence."""
+
+    def loss(rows: Sequence[Encoded]) -> Tensor:
+        with packed_attention(model):  # pyright: ignore[reportArgumentType]
+            return loss_sum(model, pack(rows))[0]
+
+    return loss
+
+
+def padded_loss(model: nn.Module, pad_id: int) -> Loss:
+    """Through transformers' own layers, rows filled up to the longest."""
+    return lambda rows: loss_sum(model, pad(rows, pad_id))[0]
+
+
+def loss_tokens(rows: Sequence[Encoded]) -> int:
+    """The number of targets in rows; a row's first token never is one."""
+    return sum(sum(row.loss[1:]) for row in rows)

@@ -1,0 +1,315 @@
+"""A decoder layer with frozen weights and low-rank updates, as one autograd function with a backward written by hand.
+
+Forward keeps the least that the backward cannot cheaply make again; the backward gives the gradients of the hidden
+states and of the updates' factors, never of a frozen weight. Where nothing below wants a gradient, it stops early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from onebase.ops.adapted import Dropout, Linear, project, project_backward
+from onebase.ops.gates import gated, gated_backward
+from onebase.ops.lowrank import Factors
+from onebase.ops.norms import Norm, norm, norm_backward
+from onebase.ops.prefix import Block, Heads, Scoring, prefix_attention, prefix_attention_backward
+from onebase.ops.rotary import Rotation, rotate
+
+T = TypeVar("T")
+
+
+class Attention(NamedTuple):
+    """Shapes and habits of an attention: `heads` query heads of `width` channels over `kv_heads` key heads."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    scoring: Scoring
+    q_norm: Norm | None = None  # before the rotation
+    k_norm: Norm | None = None
+    per_head: bool = True  # these norms are over a head's channels, else over all heads' together
+
+    @property
+    def sizes(self) -> list[int]:
+        """The columns of q, k and v in their projection's output."""
+        return [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
+
+
+class Groups(NamedTuple, Generic[T]):
+    """Something for each group of linear layers with one input; q, k, v may be one layer, and gate, up too."""
+
+    qkv: T
+    out: T
+    gate_up: T
+    down: T
+
+
+class Norms(NamedTuple):
+    """Where a layer normalises: before and after its attention and its MLP."""
+
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+
+
+class Layer(NamedTuple):
+    """A decoder layer's frozen part. With `parallel` attention and MLP both read the first norm's output.
+
+    Semantics:
+        mid = x + residual · after_attention(attention(before_attention(x)))
+        y = mid + residual · after_mlp(mlp(before_mlp(mid)))
+        y = x + residual · (attention(n) + mlp(n)), n = before_attention(x)        if parallel
+    """
+
+    linears: Groups[tuple[Linear, ...]]
+    attention: Attention
+    norms: Norms
+    activation: str
+    residual: float = 1.0
+    parallel: bool = False
+
+
+Updates = Groups[tuple[Factors | None, ...]]
+
+
+class Call(NamedTuple):
+    """What a pass over a batch gives a layer beside the hidden states."""
+
+    layer: Layer
+    blocks: Sequence[Block]
+    rotation: Rotation | None
+    dropout: Dropout | None = None
+    checkpoint: bool = False  # keep the input alone, and compute the rest again in the backward
+
+
+class _State(NamedTuple):
+    """What the backward reads. None: not needed by this layer."""
+
+    x: Tensor
+    raw: Tensor | None  # q, k (and v) before their norms
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor
+    a: Tensor | None  # the attention's output before its norm
+    mid: Tensor | None
+    gate_up: Tensor
+    m: Tensor | None  # the MLP's output before its norm
+    h: Groups[Tensor]
+
+    def flat(self) -> list[Tensor | None]:
+        return [*self[:-1], *self.h]
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> _State:
+        return cls(*flat[:-4], h=Groups(*flat[-4:]))
+
+
+def decoder_layer(x: Tensor, call: Call, updates: Updates) -> Tensor:
+    """The layer's output (T, D) for the hidden states x (T, D)."""
+    scales = Groups(*(tuple(low and low.scale for low in group) for group in updates))
+    factors = [tensor for group in updates for low in group if low for tensor in (low.A, low.B)]
+    return _DecoderLayer.apply(x, call, scales, *factors)  # pyright: ignore[reportReturnType]
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, call: Call, scales: Groups[tuple[float | None, ...]], *factors: Tensor
+    ) -> Tensor:
+        y, state = _forward(x, call, _updates(scales, factors))
+        kept = [x] if call.checkpoint else state.flat()
+        ctx.save_for_backward(*factors, *kept)
+        ctx.call, ctx.scales, ctx.count = call, scales, len(factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved, call = ctx.saved_tensors, ctx.call
+        updates = _updates(ctx.scales, saved[: ctx.count])
+        kept = saved[ctx.count :]
+        state = _forward(kept[0], call, updates)[1] if call.checkpoint else _State.of(kept)
+        dx, factors = _backward(gradients[0], state, call, updates, ctx.needs_input_grad[0])
+        return dx, None, None, *factors
+
+
+def _updates(scales: Groups[tuple[float | None, ...]], factors: Sequence[Tensor]) -> Updates:
+    left = iter(factors)
+    return Groups(
+        *(
+            tuple(None if scale is None else Factors(next(left), next(left), scale) for scale in group)
+            for group in scales
+        )
+    )
+
+
+def _forward(x: Tensor, call: Call, updates: Updates) -> tuple[Tensor, _State]:
+    layer, norms = call.layer, call.layer.norms
+    drops = _drops(call.dropout)
+    n = _normed(x, norms.before_attention)
+    raw, h_qkv = project(n, layer.linears.qkv, updates.qkv, drops.qkv)
+    heads = _heads(raw, layer.attention, call.rotation)
+    attended = prefix_attention(heads, call.blocks, layer.attention.scoring)
+    a, h_out = project(_merged(attended), layer.linears.out, updates.out, drops.out)
+    mid = _added(x, _normed(a, norms.after_attention), layer.residual)
+    if not layer.parallel:
+        n = _normed(mid, norms.before_mlp)
+    gate_up, h_gate_up = project(n, layer.linears.gate_up, updates.gate_up, drops.gate_up)
+    z = gated(gate_up, layer.activation).z
+    m, h_down = project(z, layer.linears.down, updates.down, drops.down)
+    y = _added(mid, _normed(m, norms.after_mlp), layer.residual)
+    state = _State(
+        x,
+        raw if layer.attention.q_norm else None,
+        *heads,
+        attended,
+        a if norms.after_attention else None,
+        None if layer.parallel else mid,
+        gate_up,
+        m if norms.after_mlp else None,
+        Groups(h_qkv, h_out, h_gate_up, h_down),
+    )
+    return y, state
+
+
+def _backward(
+    dy: Tensor, state: _State, call: Call, updates: Updates, wants_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(the gradient of x or None, those of the factors in the order of the groups)."""
+    layer, norms, drops = call.layer, call.layer.norms, _drops(call.dropout)
+    wants_qkv = wants_x or any(updates.qkv)
+    wants_attention = wants_qkv or any(updates.out)
+    wants_mid = wants_x if layer.parallel else wants_attention
+    wants_gate_up = wants_mid or any(updates.gate_up)
+    n = _normed(state.x, norms.before_attention) if layer.parallel or any(updates.qkv) else state.x
+
+    dm = _before_norm(_times(dy, layer.residual), state.m, norms.after_mlp)
+    gates = gated(state.gate_up, layer.activation)
+    dz, d_down = project_backward(
+        dm, (gates.z, state.h.down), layer.linears.down, updates.down, drops.down, wants_gate_up
+    )
+    d_n, d_gate_up = None, list[Tensor]()
+    if dz is not None:
+        d_n, d_gate_up = project_backward(
+            gated_backward(dz, gates, state.gate_up, layer.activation),
+            (n if state.mid is None else _normed(state.mid, norms.before_mlp), state.h.gate_up),
+            layer.linears.gate_up,
+            updates.gate_up,
+            drops.gate_up,
+            wants_mid,
+        )
+    if not wants_attention:
+        return None, [*d_gate_up, *d_down]
+    d_mid = dy
+    if state.mid is not None and d_n is not None:
+        d_mid = _before_norm(d_n, state.mid, norms.before_mlp).add_(dy)
+    d_x, d_qkv, d_out = _attention_backward(d_mid, state, call, updates, (n, wants_qkv, wants_x))
+    factors = [*d_qkv, *d_out, *d_gate_up, *d_down]
+    if d_x is None:
+        return None, factors
+    if layer.parallel and d_n is not None:
+        d_x += d_n
+    return _before_norm(d_x, state.x, norms.before_attention).add_(d_mid), factors
+
+
+def _attention_backward(
+    d_mid: Tensor, state: _State, call: Call, updates: Updates, wanted: tuple[Tensor, bool, bool]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """The gradients of the attention's normed input and of the factors of qkv and out.
+
+    `wanted`: that input, whether q, k, v want a gradient, and whether the input does.
+    """
+    (n, wants_qkv, wants_x), layer, drops = wanted, call.layer, _drops(call.dropout)
+    da = _before_norm(_times(d_mid, layer.residual), state.a, layer.norms.after_attention)
+    merged = _merged(state.attended)
+    d_merged, d_out = project_backward(
+        da, (merged, state.h.out), layer.linears.out, updates.out, drops.out, wants_qkv
+    )
+    if d_merged is None:
+        return None, [], d_out
+    heads = Heads(state.q, state.k, state.v)
+    d_attended = _split(d_merged, layer.attention).transpose(0, 1).contiguous()
+    d_heads = prefix_attention_backward(
+        d_attended, state.attended, heads, call.blocks, layer.attention.scoring
+    )
+    d_raw = _heads_backward(d_heads, state, layer.attention, call.rotation)
+    d_x, d_qkv = project_backward(d_raw, (n, state.h.qkv), layer.linears.qkv, updates.qkv, drops.qkv, wants_x)
+    return d_x, d_qkv, d_out
+
+
+def _heads(raw: Tensor, spec: Attention, rotation: Rotation | None) -> Heads:
+    """q (n, T, g, d), k and v (n, T, d) from their projections side by side (T, columns): normed and turned."""
+    q, k, v = raw.split(spec.sizes, dim=1)
+    turned: list[Tensor] = []
+    for part, spec_norm in ((q, spec.q_norm), (k, spec.k_norm)):
+        by_token = _split(_head_normed(part, spec_norm, spec), spec)
+        rows, heads, group, width = by_token.shape
+        turned.append(raw.new_empty(heads, rows, group, width))
+        rotate(by_token, rotation, turned[-1].transpose(0, 1))
+    return Heads(turned[0], turned[1][:, :, 0], _split(v, spec)[:, :, 0].transpose(0, 1).contiguous())
+
+
+def _heads_backward(d_heads: Heads, state: _State, spec: Attention, rotation: Rotation | None) -> Tensor:
+    """The gradient of the projections (T, columns) from those of the heads."""
+    d_raw = state.x.new_empty(state.x.shape[0], sum(spec.sizes))
+    parts = d_raw.split(spec.sizes, dim=1)
+    back = rotation and rotation.inverse
+    for part, gradient, turn in zip(parts, d_heads, (back, back, None), strict=True):
+        by_head = gradient.to(d_raw.dtype).view(spec.kv_heads, len(d_raw), -1, spec.width)
+        rotate(by_head.transpose(0, 1), turn, _split(part, spec))
+    if state.raw is not None:
+        raw = state.raw.split(spec.sizes, dim=1)
+        for part, before, spec_norm in zip(parts, raw, (spec.q_norm, spec.k_norm, None), strict=True):
+            if spec_norm is not None:
+                gradient = norm_backward(_for_norm(part, spec), _for_norm(before, spec), spec_norm)
+                part.copy_(gradient.view(part.shape))
+    return d_raw
+
+
+def _split(x: Tensor, spec: Attention) -> Tensor:
+    """(T, n · g · d) as (T, n, g, d), a view."""
+    return x.unflatten(1, (spec.kv_heads, -1, spec.width))
+
+
+def _merged(x: Tensor) -> Tensor:
+    """(n, T, g, d) as (T, n · g · d)."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _for_norm(x: Tensor, spec: Attention) -> Tensor:
+    return x.unflatten(1, (-1, spec.width)) if spec.per_head else x
+
+
+def _head_normed(x: Tensor, spec_norm: Norm | None, spec: Attention) -> Tensor:
+    return x if spec_norm is None else norm(_for_norm(x, spec), spec_norm).view(x.shape)
+
+
+def _normed(x: Tensor, spec: Norm | None) -> Tensor:
+    return x if spec is None else norm(x, spec)
+
+
+def _before_norm(dy: Tensor, x: Tensor | None, spec: Norm | None) -> Tensor:
+    return dy if spec is None or x is None else norm_backward(dy, x, spec)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def _added(x: Tensor, more: Tensor, factor: float) -> Tensor:
+    """x + factor · more, in the memory of `more`."""
+    return (more if factor == 1.0 else more.mul_(factor)).add_(x)
+
+
+def _drops(dropout: Dropout | None) -> Groups[Dropout | None]:
+    """Each group's own masks: a group has at most three layers."""
+    if dropout is None:
+        return Groups(None, None, None, None)
+    return Groups(*(dropout._replace(seed=dropout.seed + 3 * number) for number in range(4)))

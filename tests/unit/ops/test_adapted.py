@@ -1,0 +1,137 @@
+"""Linear layers with low-rank updates: values and gradients against each layer alone, dropout against its masks."""
+
+import pytest
+import torch
+
+from onebase.ops.adapted import Dropout, Linear, project, project_backward
+from onebase.ops.lowrank import Factors
+from onebase.ops.reference import project_reference
+from pairs import attached, draw
+
+# (in, outs, ranks; 0: no update, biases)
+CASES = {
+    "one": (5, [7], [2], [False]),
+    "three with different ranks": (7, [9, 3, 3], [1, 4, 2], [True, False, True]),
+    "some adapted": (5, [4, 6, 2], [0, 3, 0], [False, True, False]),
+    "none adapted": (3, [4, 5], [0, 0], [True, False]),
+    "narrow": (1, [1], [1], [False]),
+}
+
+
+def case(name, dtype=torch.float64, factor_dtype=None):
+    """(x, layers, updates) with tensors that want gradients where the ops give some."""
+    width, outs, ranks, biases = CASES[name]
+    sizes = list(zip(outs, ranks, biases, strict=True))
+    layers = [
+        Linear(
+            draw(out, width, seed=n, dtype=dtype).detach(),
+            draw(out, seed=50 + n, dtype=dtype).detach() if bias else None,
+        )
+        for n, (out, _, bias) in enumerate(sizes)
+    ]
+    kind = factor_dtype or dtype
+    updates = [
+        Factors(draw(rank, width, seed=10 + n, dtype=kind), draw(out, rank, seed=20 + n, dtype=kind), 0.5 + n)
+        if rank
+        else None
+        for n, (out, rank, _) in enumerate(sizes)
+    ]
+    return draw(11, width, dtype=dtype), layers, updates
+
+
+def factors_of(updates):
+    return [tensor for low in updates if low for tensor in (low.A, low.B)]
+
+
+def rebuilt(updates, tensors):
+    left = iter(tensors)
+    return [low and Factors(next(left), next(left), low.scale) for low in updates]
+
+
+def as_function(layers, updates, dropout=None):
+    def forward(x, *tensors):
+        return project(x, layers, rebuilt(updates, tensors), dropout).y
+
+    def backward(dy, x, *tensors):
+        lows = rebuilt(updates, tensors)
+        h = project(x, layers, lows, dropout).h
+        found = project_backward(dy, (x, h), layers, lows, dropout, True)
+        return [found.x, *found.factors]
+
+    return attached(forward, backward)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_references(name):
+    x, layers, updates = case(name)
+    inputs = [x, *factors_of(updates)]
+    ours, plain = as_function(layers, updates)(*inputs), project_reference(x, layers, updates)
+    torch.testing.assert_close(ours, plain)
+    gradient = draw(*plain.shape, seed=3).detach()
+    one, other = (torch.autograd.grad(y, inputs, gradient) for y in (ours, plain))
+    for found, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(as_function(layers, updates), inputs)
+
+
+@torch.no_grad()
+def test_the_input_gradient_is_left_out_where_not_wanted():
+    x, layers, updates = case("three with different ranks")
+    done = project(x.detach(), layers, updates, None)
+    dy = torch.ones_like(done.y)
+    short = project_backward(dy, (x.detach(), done.h), layers, updates, None, False)
+    full = project_backward(dy, (x.detach(), done.h), layers, updates, None, True)
+    assert short.x is None
+    assert len(short.factors) == 6
+    assert all(torch.equal(a, b) for a, b in zip(short.factors, full.factors, strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.6])
+def test_dropout_is_its_masks(rate):
+    x, layers, updates = case("three with different ranks")
+    dropout = Dropout(rate, seed=7)
+    inputs = [x, *factors_of(updates)]
+    assert torch.autograd.gradcheck(as_function(layers, updates, dropout), inputs)
+    expected = [
+        x @ layer.weight.T
+        + (0 if layer.bias is None else layer.bias)
+        + low.scale * (x * dropout.mask(x, n) @ low.A.T) @ low.B.T
+        for n, (layer, low) in enumerate(zip(layers, updates, strict=True))
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(project(x, layers, updates, dropout).y, torch.cat(expected, 1))
+
+
+def test_masks_keep_the_mean_and_differ():
+    like = torch.zeros(200, 300)
+    first, second = (Dropout(0.3, 1).mask(like, number) for number in (0, 1))
+    assert first.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert float(first.mean()) == pytest.approx(1, abs=0.02)
+    assert float((first != second).float().mean()) == pytest.approx(2 * 0.3 * 0.7, abs=0.02)
+    assert torch.equal(first, Dropout(0.3, 1).mask(like, 0))
+
+
+def test_masks_leave_torchs_random_state_alone():
+    state = torch.get_rng_state()
+    Dropout(0.3, 1).mask(torch.zeros(3), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_a_narrow_base_with_wide_factors():
+    """The update runs in its own dtype and the sum is rounded once, as on the general path."""
+    x, layers, updates = case("three with different ranks", torch.bfloat16, torch.float32)
+    x = x.detach()
+    done = project(x, layers, updates, None)
+    assert (done.y.dtype, done.h.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(done.y, project_reference(x, layers, updates))
+    found = project_backward(torch.ones_like(done.y), (x, done.h), layers, updates, None, True)
+    assert found.x.dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in found.factors} == {torch.float32}
+    wide = [low._replace(A=low.A.double(), B=low.B.double()) for low in updates]
+    layers = [Linear(layer.weight.double(), None) for layer in layers]
+    exact = project(x.double(), layers, wide, None)
+    truth = project_backward(torch.ones_like(exact.y), (x.double(), exact.h), layers, wide, None, True)
+    for gradient, expected in zip(found.factors, truth.factors, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.x.double(), truth.x, rtol=3e-2, atol=0.2)
