@@ -76,11 +76,11 @@ def ours(folder: Path, method: str, density: float, result: Path) -> Numbers:
 def peer(folder: Path, method: str, density: float, result: Path) -> Numbers:
     warnings.simplefilter("ignore")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, folder / "0", adapter_name="0")
-    model.load_adapter(folder / "1", adapter_name="1")
+    model = PeftModel.from_pretrained(model, folder / "0", adapter_name="first")
+    model.load_adapter(folder / "1", adapter_name="second")
     with measured() as found:
         model.add_weighted_adapter(
-            ["0", "1"], list(WEIGHTS), "both", combination_type=method, density=density
+            ["first", "second"], list(WEIGHTS), "both", combination_type=method, density=density
         )
     model.save_pretrained(result, selected_adapters=["both"])
     return found

@@ -8,6 +8,8 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import random
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 from common import Gate, Result, parser, show
 
+from onebase.errors import Diverged
 from onebase.models.base import Base, load_base
 from onebase.training.loop import Evaluated
 from onebase.training.run import train
@@ -85,7 +88,7 @@ def split(data: Path, folder: Path, held_out: int) -> None:
 def one_run(task: Task, variant: str, lr: float, seed: int) -> dict[str, float]:
     """Train once; the held-out loss after the last step, and what the start changed of the base's."""
     heard: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Diverged):
         done = train(
             task.base,
             heard.append,
@@ -103,18 +106,19 @@ def one_run(task: Task, variant: str, lr: float, seed: int) -> dict[str, float]:
             samples=0,
             **VARIANTS[variant],
         )
-    losses = [event.metrics["loss"] for event in heard if isinstance(event, Evaluated)]
-    record = done.record
-    assert record is not None
-    assert record.before is not None
-    return {
-        "loss": losses[-1],
-        "base_loss": record.before.loss,
-        "start_loss": losses[0],
-        "tokens": record.timing.tokens,
-        "seconds": record.timing.seconds,
-        "trained": record.adapter.parameters,
-    }
+        losses = [event.metrics["loss"] for event in heard if isinstance(event, Evaluated)]
+        record = done.record
+        assert record is not None
+        assert record.before is not None
+        return {
+            "loss": losses[-1],
+            "base_loss": record.before.loss,
+            "start_loss": losses[0],
+            "tokens": record.timing.tokens,
+            "seconds": record.timing.seconds,
+            "trained": record.adapter.parameters,
+        }
+    return {"loss": float("inf")}  # a rate that is too high
 
 
 class Results:
@@ -165,7 +169,8 @@ def main(options: argparse.Namespace) -> None:
         split(file, rows, held_out)
         base = load_base(options.base, "float32")
         steps = min(options.steps, 4) if options.quick else options.steps
-        task = Task(base, rows, steps, options.batch_size, options.rank, held_out, file.name)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        task = Task(base, rows, steps, options.batch_size, options.rank, held_out, digest)
         results = Results(Path(options.results), task)
         runs: dict[str, list[Mapping[str, float]]] = {}
         for variant in options.variants.split("|"):
@@ -197,7 +202,8 @@ def report(runs: Mapping[str, list[Mapping[str, float]]], task: Task, seeds: int
     )
     head = ("variant", "best lr", "loss", "st. dev.", f"against {PLAIN}", "trained", "training (s)")
     show(title, head, table)
-    off = max(abs(run["start_loss"] / run["base_loss"] - 1) for here in runs.values() for run in here)
+    ended = [run for here in runs.values() for run in here if "start_loss" in run]
+    off = max(abs(run["start_loss"] / run["base_loss"] - 1) for run in ended)
     gate = Gate("largest change of the base's loss by an untrained adapter, relative", off, 1e-5)
     ours = {variant: mean(found) for variant, found in losses.items()}
     every = dict.fromkeys

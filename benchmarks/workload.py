@@ -24,7 +24,7 @@ from onebase.format import load_adapter, save_adapter
 from onebase.injection import inject, new_adapter, trainable
 from onebase.models.base import Base, load_base
 from onebase.models.engine import engine_problem
-from onebase.models.scoring import Thrift, Way, loss_of, loss_tokens
+from onebase.models.scoring import Thrift, Way, loss_tokens, scorer
 
 BASE = "smollm2-135m"
 DATA = "../shared/data/e2e/valid.jsonl"
@@ -111,7 +111,7 @@ def our_work(base: Base, adapter: str | Path, share: bool, checkpoint: bool = Fa
     parameters = trainable(base.model, "bench")
     for p in parameters.values():
         p.requires_grad_(True)
-    total = loss_of(base, way, "bench", Thrift(checkpoint, share))
+    total = scorer(base, way, "bench", Thrift(checkpoint, share)).loss
     return Work(lambda rows: total(rows) / loss_tokens(rows), parameters)
 
 

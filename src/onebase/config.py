@@ -18,6 +18,7 @@ __all__ = ["build", "flatten"]
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
 SEEDS = 1 << 63
+MAX_RANK = 1 << 20  # more rows than any weight has
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
@@ -91,6 +92,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require("rank", self.rank, self.rank >= 1, "at least 1")
+        require("rank", self.rank, self.rank <= MAX_RANK, f"at most {MAX_RANK}")
         require(
             "alpha", self.alpha, math.isfinite(self.alpha) and self.alpha != 0, "a finite number other than 0"
         )
@@ -113,7 +115,9 @@ class LoraConfig:
         some = (self.target_modules, self.modules_to_save, self.target_parameters, self.trainable_tokens)
         require("target_modules", "", any(some), "at least one name")
         for name, rank in self.ranks.items():
-            require("rank_pattern", f"{name}={rank}", rank >= 1, "at least 1")
+            require(
+                "rank_pattern", f"{name}={rank}", 1 <= rank <= MAX_RANK, f"at least 1, at most {MAX_RANK}"
+            )
         for name, alpha in self.alphas.items():
             finite = math.isfinite(alpha) and alpha != 0
             require("alpha_pattern", f"{name}={alpha}", finite, "a finite number other than 0")
@@ -295,6 +299,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "the base's dtype; auto measures which is faster here"
     )
+    plan: bool = opt(False, "print what the run would do, its time and its memory on this machine, and stop")
     samples: int = opt(4, "held-out rows whose answers before and after go into the report")
     log: str | list[str] = opt(list, "extra loggers: " + ", ".join(LOGGERS))
     lora: LoraConfig = opt(LoraConfig, "")

@@ -13,6 +13,15 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     return close or (sorted(names) if len(names) <= 12 else [])
 
 
+LONGEST = 20_000  # characters of a part of a message; what a broken file holds may be any length
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} ... and {len(text) - LONGEST} more characters"
+
+
 class OnebaseError(Exception):
     """Base of every error that onebase raises on purpose.
 
@@ -23,6 +32,7 @@ class OnebaseError(Exception):
     exit_code = 2
 
     def __init__(self, asked: str, found: str = "", valid: Iterable[str] = (), hint: str = "") -> None:
+        asked, found, hint = _bounded(asked), _bounded(found), _bounded(hint)
         self.asked, self.found, self.valid, self.hint = asked, found, list(valid), hint
         parts = [asked if not found else f"{asked}: {found}"]
         if self.valid:

@@ -69,7 +69,7 @@ def evaluate(
     config = build(DataConfig, {"holdout": 0, **options})
     examples = read_examples(data, config) if isinstance(data, str) else list(data)
     encoded = encode(base.tokenizer, examples, config, base.stop_ids, base.context)  # pyright: ignore[reportArgumentType]
-    way = choose(base, "auto", adapter)
+    way = choose(base, "auto", adapter, encoded.rows)
     with injected(base.model, adapter, "evaluate"):
         loss, tokens = mean_loss(scorer(base, way, "evaluate"), encoded.rows, 16)
         if sampling is None:

@@ -54,6 +54,7 @@ from onebase.peft_tensors import (
 from onebase.peft_tokens import missing_rows, take_rows, to_peft_rows
 from onebase.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
 
+MAX_JSON = 100_000_000  # bytes; as many as safetensors allows its headers
 CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
 
 
@@ -160,7 +161,7 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Every weight by its full name, a tied one by each."""
     found = {f"{path}.weight": getattr(m, "weight", None) for path, m in base_modules(model)}
-    return {name: weight.detach() for name, weight in found.items() if isinstance(weight, Tensor)}
+    return {name: weight for name, weight in found.items() if isinstance(weight, Tensor)}
 
 
 def _with_added_tokens(stored: Stored, model: nn.Module) -> Adapter:
@@ -172,7 +173,7 @@ def _with_added_tokens(stored: Stored, model: nn.Module) -> Adapter:
     grown: dict[str, Tensor] = {}
     for name, tensor in stored.base_copies.items():
         if name in own and tensor.shape[1:] == own[name].shape[1:] and len(tensor) > len(own[name]):
-            tied = [n for n, w in own.items() if w.data_ptr() == own[name].data_ptr()]
+            tied = [n for n, weight in own.items() if weight is own[name]]
             grown |= {n.removesuffix(".weight"): tensor for n in tied if n not in grown}
     adapter = stored.adapter
     saved = (*adapter.config.modules_to_save, *(path for path in grown if path not in adapter.full))
@@ -183,7 +184,7 @@ def _with_added_tokens(stored: Stored, model: nn.Module) -> Adapter:
 def _same(copy: Tensor, own: Tensor) -> bool:
     """Equal at the coarser of the two dtypes: PEFT stores the copy in the dtype that the base was loaded in."""
     coarse = min((copy.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).bits)
-    return copy.shape == own.shape and torch.equal(copy.to(coarse), own.to(coarse).cpu())
+    return copy.shape == own.shape and torch.equal(copy.to(coarse), own.detach().to(coarse).cpu())
 
 
 def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
@@ -290,8 +291,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
         )
         raise MissingFile(f"read {path}", found)
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise FormatError(f"read {path}", f"{size} bytes, at most {MAX_JSON} are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or stored
     except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"read {path}", f"not JSON: {error}") from error
     if not isinstance(value, dict):

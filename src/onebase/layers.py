@@ -278,35 +278,49 @@ class TrainedModule(Wrapper):
         """Take an adapter's copy away."""
         del self.copies[slot_key(name)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The copy's output for the rows whose adapter has one, the base's for the others.
-
-        A copy may have more rows than the base (added tokens): other rows of the batch get -inf for these.
-        """
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The copy's output for the rows whose adapter has one, the base's for the others."""
         chosen = selection()
         if chosen.rows is not None:
-            groups = [(rows.to(x.device), self.copy(name)) for name, rows in chosen.groups(x.shape[0])]
-            groups = [(rows, copy) for rows, copy in groups if copy is not None]
-            known = x
-            if not x.is_floating_point():  # the base has no row for an added token
-                for rows, _ in groups:
-                    known = known.index_fill(0, rows, 0)
-            y = self.base(known)
-            for rows, copy in groups:
-                own = _call_wide(copy, x[rows]).to(y.dtype)
-                width = max(own.shape[-1], y.shape[-1])
-                y = _widened(y, width).index_copy(0, rows, _widened(own, width))
-            return y
+            if not any(self.copy(name) for name in chosen.rows if name is not None):
+                return self.base(*args, **kwargs)
+            if len(args) != 1 or kwargs:
+                found = f"a {type(self.base).__name__} that is trained in full takes more than one input"
+                raise AdapterNameError("adapters mixed in a batch", found, hint="one adapter at a time")
+            return self._mixed(args[0], chosen)
         copy = self.copy(chosen.name) if chosen.name is not None else None
-        return self.base(x) if copy is None else _call_wide(copy, x).to(next(self.base.parameters()).dtype)
+        if copy is None:
+            return self.base(*args, **kwargs)
+        result = copy(*_floats_as(args, torch.float32), **_floats_as(kwargs, torch.float32))
+        return _floats_as(result, next(self.base.parameters()).dtype)
+
+    def _mixed(self, x: Tensor, chosen: Selection) -> Tensor:
+        """A copy may have more rows than the base (added tokens): other rows of the batch get -inf for these."""
+        groups = [(rows.to(x.device), self.copy(name)) for name, rows in chosen.groups(x.shape[0])]
+        groups = [(rows, twin) for rows, twin in groups if twin is not None]
+        known = x
+        if not x.is_floating_point():  # the base has no row for an added token
+            for rows, _ in groups:
+                known = known.index_fill(0, rows, 0)
+        y = self.base(known)
+        for rows, twin in groups:
+            own = twin(_floats_as(x[rows], torch.float32)).to(y.dtype)
+            width = max(own.shape[-1], y.shape[-1])
+            y = _widened(y, width).index_copy(0, rows, _widened(own, width))
+        return y
 
 
 def _widened(y: Tensor, width: int) -> Tensor:
     return F.pad(y, (0, width - y.shape[-1]), value=-torch.inf) if y.shape[-1] < width else y
 
 
-def _call_wide(copy: nn.Module, x: Tensor) -> Tensor:
-    return copy(x.float() if x.is_floating_point() else x)
+def _floats_as(value: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor in another dtype, also inside tuples and dicts; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_floats_as(one, dtype) for one in value)
+    return {k: _floats_as(v, dtype) for k, v in value.items()} if type(value) is dict else value
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from onebase.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+LONGEST = 100_000  # characters of a regular expression
 WANTED: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
@@ -80,7 +81,11 @@ def typed(name: str, hint: Any, value: Any) -> Any:
 
 
 def require_pattern(pattern: str) -> None:
-    """Raise ConfigError where a pattern is no regular expression."""
+    """Raise ConfigError where a pattern is no regular expression, or longer than any that is meant."""
+    if len(pattern) > LONGEST:
+        raise ConfigError(
+            f"pattern {pattern[:100]!r}...", f"{len(pattern)} characters, at most {LONGEST} are read"
+        )
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

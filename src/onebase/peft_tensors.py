@@ -26,6 +26,7 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
     ".lora_magnitude_vector": ("magnitude", False),
     ".lora_magnitude_vector.weight": ("magnitude", False),  # never written; some PEFT releases did
 }
+_WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
 
 # PEFT wraps the module that owns a parameter, once for each of its parameters: the first one innermost, and each
@@ -95,7 +96,7 @@ class Parts(NamedTuple):
 
 def widens(tensor: Tensor) -> bool:
     """Whether float32 holds every value of the tensor's dtype."""
-    return tensor.is_floating_point() and tensor.itemsize <= 4
+    return tensor.dtype in _WIDENED
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> Parts:

@@ -14,6 +14,7 @@ from onebase.config import ALL_LINEAR, REGEX_PREFIX, LoraConfig, parse_layers
 from onebase.errors import TargetError, nearest
 from onebase.kinds import Site, Target, find_site, is_parameter, why_not
 from onebase.layers import bare, base_modules
+from onebase.patterns import first_key, matches, named
 from onebase.variants import start_scale
 
 V = TypeVar("V")
@@ -75,14 +76,17 @@ def name_matches(name: str, path: str) -> bool:
 def spec_matches(spec: str | Sequence[str], path: str) -> bool:
     """Whether a target or exclusion spec (names, or `re:` and a pattern for the whole path) means this path."""
     if isinstance(spec, str):
-        return bool(re.fullmatch(spec.removeprefix(REGEX_PREFIX), path))
-    return any(name_matches(name, path) for name in spec)
+        return matches(spec.removeprefix(REGEX_PREFIX), path)
+    return named(spec, path)
 
 
 def pattern_value(pattern: Mapping[str, V], spellings: Sequence[str], default: V) -> V:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of one of the paths."""
-    found = (v for key, v in pattern.items() for path in spellings if re.match(rf"(.*\.)?({key})$", path))
-    return next(found, default)
+    if not pattern:
+        return default
+    keys = tuple(pattern)
+    places = [place for path in spellings if (place := first_key(keys, path)) is not None]
+    return pattern[keys[min(places)]] if places else default
 
 
 def adaptable(model: nn.Module) -> dict[str, Site]:
@@ -103,6 +107,7 @@ def adaptable(model: nn.Module) -> dict[str, Site]:
 def parameter_sites(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, Site | None]:
     """The parameters of these names (the full name, or its end after a dot), None where one carries no update."""
     found = (f"{path}.{n}" for path, m in _once(modules) for n, _ in m.named_parameters(recurse=False))
+    found = (*(name for name, _ in modules[""].named_parameters(recurse=False)), *found)
     return {full: find_site(modules, full) for full in found if any(name_matches(n, full) for n in names)}
 
 
@@ -178,11 +183,15 @@ def _named_parameters(
         if not any(name_matches(name, full) for full in found):
             every = (f"{p}.{n}" for p, m in modules.items() for n, _ in m.named_parameters(recurse=False))
             raise TargetError(
-                f"target_parameters {name}", f"no parameter is named {name}", _nearest_in(name, every)
+                f"target_parameters {name}",
+                f"no parameter is named {name}",
+                _nearest_in(name.rpartition(".")[2], every),
             )
     for full, site in found.items():
         if site is None:
             said = "an update needs a matrix, or a stack of them (3 dimensions)"
+            if "." not in full:
+                said = "a parameter of the model itself has no module around it that an update could stand beside"
             raise TargetError(f"target_parameters {full}", said)
         if full in paths or site.owner in paths:
             said = f"its module {site.owner} is targeted too, and an update can go into one of them only"

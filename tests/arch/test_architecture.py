@@ -24,17 +24,19 @@ ORDER = """
     errors  files  options  config  device
     ops.lowrank  ops.norms  ops.gates  ops.rotary  ops.prefix  ops.adapted  ops.cross_entropy  ops.decoder
     ops.reference  ops.attention
-    adapter  kinds  variants  layers  targets  tokens  fitting  injection  calibration
+    adapter  kinds  patterns  variants  layers  targets  tokens  fitting  injection  calibration
     peft_tokens  peft_config  peft_tensors  shards  format  combining  arithmetic  merge  merge_files  export
     data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.preview
     diagnosis.names  diagnosis.salvage  diagnosis.measures  diagnosis.case  diagnosis.own  diagnosis.against
     diagnosis.checkup  diagnosis.comparison
     models.builtin  models.fingerprint  models.gguf  models.base  models.vocabulary  models.packing  models.loss
-    models.generation  models.merging  models.gguf_adapter  models.probing  models.families  models.reading  models.engine
+    models.generation  models.stored  models.merging  models.gguf_adapter  models.probing  models.families
+    models.reading  models.engine  models.scoring
     evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.optim  training.step  training.checkpoint  training.loop
-    training.work  training.speed  training.prepare  training.calibrate  training.plan  training.forecast  training.finish  training.run
+    training.work  training.speed  training.prepare  training.calibrate  training.plan  training.forecast
+    training.finish  training.run
     demo  demo.make_data
     cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate
     cli.inspect  cli.demo  cli.merge  cli.combine  cli.export  cli.pictures  cli.doctor  cli.compare

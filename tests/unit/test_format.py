@@ -344,7 +344,7 @@ VALUES = st.recursive(
 KEYS = st.sampled_from(
     "r lora_alpha lora_dropout target_modules exclude_modules modules_to_save layers_to_transform layers_pattern "
     "rank_pattern alpha_pattern use_rslora fan_in_fan_out base_model_name_or_path task_type init_lora_weights "
-    "bias use_dora peft_type unheard_of".split()
+    "bias use_dora lora_bias target_parameters peft_type unheard_of".split()
 )
 
 

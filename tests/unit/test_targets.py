@@ -212,8 +212,9 @@ def test_parameters_are_named_as_in_peft():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": "inner.upp"}, r"no parameter is named inner.upp\n  nearest valid: up"),
-        ({"target_parameters": "own"}, "own: an update needs a matrix"),
+        ({"target_parameters": "inner.downn"}, r"no parameter is named inner.downn\n  nearest valid: down"),
+        ({"target_parameters": "own"}, "own: a parameter of the model itself has no module around it"),
+        ({"target_parameters": "four"}, "inner.four: an update needs a matrix"),
         ({"target_parameters": "fc.bias"}, "fc.bias: an update needs a matrix"),
         ({"target_parameters": "fc.weight"}, "fc.weight: its module fc is targeted too"),
         ({"target_parameters": "up", "dropout": 0.1}, "inner.up is a parameter, whose update has no input"),
@@ -227,7 +228,7 @@ def test_parameters_are_named_as_in_peft():
 )
 def test_parameters_that_cannot_be_adapted(options, message):
     model = Parameters()
-    model.own = nn.Parameter(torch.zeros(2, 2))
+    model.own, model.inner.four = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2, 2, 2, 2)))
     model.fc, model.mha = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
     model.grouped = nn.Conv1d(4, 4, 1, groups=2)
     with pytest.raises(TargetError, match=message):

@@ -29,6 +29,7 @@ from onebase.injection import (
 from onebase.kinds import merged_weight
 from onebase.layers import LoraLayer, TrainedModule
 from onebase.models.base import wrap_base
+from onebase.peft_tokens import INDICES, index_problems, missing_rows, named_ids, take_rows
 from onebase.tokens import TokenLayer, TokenSlot
 from tiny import output, some_ids, tiny
 
@@ -274,6 +275,34 @@ def test_a_model_without_an_input_embedding_has_no_token_rows():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(TargetError, match="names no input embedding"):
         new_adapter(model, LoraConfig(rank=1, target_modules=["0"], trainable_tokens=["id:1"]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+)
+NAMES = st.sampled_from(["", "wte", "model.wte", "lm_head"])
+
+
+@given(
+    JSON | st.lists(st.integers(), max_size=4) | st.dictionaries(NAMES, st.lists(st.integers(), max_size=4)),
+    st.dictionaries(NAMES, st.integers(0, 4)),
+)
+def test_any_setting_is_read_or_refused(setting, sizes):
+    """Rows come out only where the setting names them, with as many ids."""
+    raw = {INDICES: setting}
+    tensors = {
+        f"base_model.model.{n}.token_adapter.trainable_tokens_delta": torch.zeros(k, 2)
+        for n, k in sizes.items()
+    }
+    if index_problems(raw):
+        return
+    found = take_rows(tensors | {"other": torch.zeros(1)}, raw)
+    assert found.others.keys() == {"other"}
+    assert all(len(tokens.ids) == len(tokens.rows) == sizes[path] for path, tokens in found.tokens.items())
+    assert len(found.tokens) == len(sizes) or found.problems
+    assert {token for tokens in found.tokens.values() for token in tokens.ids} <= set(named_ids(raw))
+    missing_rows({}, raw, found.tokens)
 
 
 @given(

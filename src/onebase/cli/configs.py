@@ -86,7 +86,7 @@ class DoctorConfig:
 
     adapter: str = opt("", "adapter folder, broken or not")
     base: str = opt(
-        "", "base model (empty: the one that the adapter was made for; none: look at the adapter alone)"
+        "", "base model (empty: the one that the adapter was made for; off: look at the adapter alone)"
     )
     prompts: str = opt("", "text file with a prompt a line to try the adapter on (empty: three short ones)")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
@@ -98,9 +98,7 @@ class CompareConfig:
     """`onebase compare`."""
 
     adapters: str | list[str] = opt(list, "two adapter folders")
-    base: str = opt(
-        "", "base model (empty: the one that they were made for; none: compare the updates alone)"
-    )
+    base: str = opt("", "base model (empty: the one that they were made for; off: compare the updates alone)")
     prompts: str = opt("", "text file with a prompt a line to try the adapters on (empty: three short ones)")
     answers: int = opt(3, "prompts whose answers are shown side by side (0: none)")
     max_new_tokens: int = opt(48, "longest of these answers in tokens")

@@ -24,7 +24,7 @@ from onebase.models.merging import PROMPTS
 from onebase.models.probing import effect_of
 from onebase.training.record import json_ready
 
-NO_BASE = "none"
+NO_BASE = "off"
 MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "fine": ("✓", "green"), "skipped": ("–", "dim")}
 BAR = 12
 
@@ -56,7 +56,7 @@ class Opened(NamedTuple):
 def open_base(asked: str, recorded: str, dtype: str) -> Opened:
     """The base that was asked for, else the recorded one if it can be had. Raises BaseError for one asked for."""
     if asked == NO_BASE or not (asked or recorded):
-        return Opened(None, "no base: give --base" if not asked else "left out: --base none")
+        return Opened(None, "no base: give --base" if not asked else "left out: --base off")
     try:
         return Opened(load_base(asked or recorded, dtype))
     except OnebaseError as error:

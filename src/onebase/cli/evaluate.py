@@ -76,6 +76,8 @@ def _as_json(scores: Scores) -> dict[str, Any]:
 def _print(scores: dict[str, Scores], rows: int) -> None:
     tokens = next(iter(scores.values())).tokens
     table = Table("", *scores, title=f"{rows:,} rows, {tokens:,} tokens with loss", title_justify="left")
+    if any(score.tokens != tokens for score in scores.values()):  # the adapter added some to the tokenizer
+        table.add_row("tokens with loss", *(f"{score.tokens:,}" for score in scores.values()))
     for name, form in METRICS.items():
         values = [getattr(score, name) for score in scores.values()]
         if None not in values:

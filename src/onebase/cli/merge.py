@@ -61,7 +61,9 @@ def _written(plan: MergePlan, output: Path) -> list[tuple[str, str]]:
         ("tensors changed", f"{plan.changed} of {len(plan.parts)}"),
         ("weights", f"{size(sum(f.stat().st_size for f in files))} in {len(files)} file(s)"),
     ]
-    if plan.settings:
+    if "vocab_size" in plan.settings:
+        rows.append(("token rows", f"in place; the vocabulary has {plan.settings['vocab_size']} rows"))
+    if "tie_word_embeddings" in plan.settings:
         rows.append(("embeddings", "no longer tied: the adapter changes only one of them"))
     return rows
 

@@ -41,21 +41,22 @@ def heat_map(values: Mapping[str, float | None], width: int, plain: bool = False
     top = max((value for cells in grid.values() for value in cells.values()), default=0.0)
     last = max((layer for cells in grid.values() for layer in cells), default=0)
     step = -(-(last + 1) // max(1, width))
-    columns = range(-(-(last + 1) // step))
+    count = -(-(last + 1) // step)
     rows = [
-        Row(
-            name,
-            "".join(
-                _cell([cells[n] for n in range(c * step, c * step + step) if n in cells], top, plain)
-                for c in columns
-            )
-            if len(cells) > 1
-            else _cell(list(cells.values()), top, plain),
-            sum(cells.values()) / len(cells),
-        )
+        Row(name, _cells(cells, step, count, top, plain), sum(cells.values()) / len(cells))
         for name, cells in grid.items()
     ]
     return HeatMap(rows, step, top)
+
+
+def _cells(cells: Mapping[int, float], step: int, count: int, top: float, plain: bool) -> str:
+    """The row's characters; a single one where there is one value alone."""
+    if len(cells) == 1:
+        return _cell([*cells.values()], top, plain)
+    columns: dict[int, list[float]] = {}
+    for layer, value in cells.items():
+        columns.setdefault(layer // step, []).append(value)
+    return "".join(_cell(columns.get(column, []), top, plain) for column in range(count))
 
 
 def _cell(values: Sequence[float], top: float, plain: bool) -> str:

@@ -22,6 +22,7 @@ from onebase.training.loop import Evaluated, Event, Finished, Saved, Stepped
 from onebase.training.plan import Plan
 from onebase.training.record import RunRecord
 from onebase.training.report import count, duration, size
+from onebase.training.speed import Prediction
 
 
 def coverage_table(rows: Iterable[CoverageRow]) -> Table:
@@ -42,8 +43,8 @@ def coverage_table(rows: Iterable[CoverageRow]) -> Table:
     return made
 
 
-def print_plan(plan: Plan) -> None:
-    """What the run is going to be."""
+def print_plan(plan: Plan, prediction: Prediction | None = None) -> None:
+    """What the run is going to be, and how long it may take."""
     console.print(coverage_table(plan.coverage))
     console.print(
         table(
@@ -63,9 +64,17 @@ def print_plan(plan: Plan) -> None:
                 ("optimiser steps", count(plan.steps)),
                 ("rows are scored by", plan.way),
                 ("memory, estimated", size(plan.memory)),
+                *(_times(prediction) if prediction else []),
             ],
         )
     )
+
+
+def _times(prediction: Prediction) -> list[tuple[str, str]]:
+    """The run's seconds, and the parts that take most of them."""
+    parts = sorted(prediction.parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {seconds / prediction.seconds:.0%}" for name, seconds in parts[:4])
+    return [("time, predicted", duration(prediction.seconds)), ("of which", shares)]
 
 
 class TrainingScreen:

@@ -10,12 +10,17 @@ from types import FrameType
 from typing import Any
 
 from onebase.cli.console import notes, say
-from onebase.cli.screen import TrainingScreen, print_record
-from onebase.training.run import train
+from onebase.cli.screen import TrainingScreen, print_plan, print_record
+from onebase.config import TrainConfig, build
+from onebase.training.run import foresee, train
 
 
 def run(options: dict[str, Any]) -> int:
     """Train; returns 130 where the run was interrupted, else 0."""
+    config = build(TrainConfig, options)
+    if config.plan:
+        print_plan(*foresee(options))
+        return 0
     with TrainingScreen() as screen, _stoppable() as stop:
         result = train(None, screen, lambda: bool(stop), **options)
     if result.record is None:

@@ -49,16 +49,17 @@ class Thrift(NamedTuple):
     share: bool = True
 
 
-def choose(base: Base, asked: str, adapter: Adapter | None) -> Way:
+def choose(base: Base, asked: str, adapter: Adapter | None, rows: Sequence[Encoded] = ()) -> Way:
     """The way for an adapter on a base: the first that the model proves. `asked` is auto, engine, packed or padded.
 
+    `rows` are of the kind that will be scored: the proof takes its text from them.
     Raises BaseError where the one that was asked for is not exact on this model.
     """
     if asked == "padded":
         return Way("padded", "--engine padded")
     reason = "--engine packed"
     if asked != "packed":
-        found = _engine_problem(base, adapter)
+        found = _engine_problem(base, adapter, rows)
         if found is None:
             return Way("engine")
         reason = _refuse_if(asked == "engine", base, "engine", found)
@@ -74,11 +75,12 @@ def _refuse_if(asked: bool, base: Base, way: str, reason: str) -> str:
     return reason
 
 
-def _engine_problem(base: Base, adapter: Adapter | None) -> str | None:
+def _engine_problem(base: Base, adapter: Adapter | None, rows: Sequence[Encoded]) -> str | None:
     if adapter is None:
         return "the plain base"
+    text = max((row.ids for row in rows), key=len, default=[])
     with injected(base.model, _stirred(adapter), PROBE):
-        return engine_problem(base.model, PROBE)
+        return engine_problem(base.model, PROBE, text)
 
 
 def _stirred(adapter: Adapter) -> Adapter:

@@ -17,18 +17,20 @@ from typing import Any
 from onebase.adapter import Adapter
 from onebase.config import Sampling, TrainConfig, flatten
 from onebase.data.read import Example
-from onebase.data.template import Encoded, encode, render_prompt
+from onebase.data.template import render_prompt
 from onebase.device import machine, peak_memory
 from onebase.errors import BaseMismatch
 from onebase.evaluation import Scores, grouped_references, mean_loss, text_scores
 from onebase.files import write_text
 from onebase.format import TENSORS, read_adapter, write_adapter
 from onebase.injection import base_tensors, injected, with_kinds
+from onebase.layers import base_modules
 from onebase.models.base import Base
 from onebase.models.fingerprint import combined, tensor_digests
 from onebase.models.generation import answers
 from onebase.models.scoring import choose, scorer
 from onebase.targets import CoverageRow
+from onebase.tokens import start_rows
 from onebase.training import checkpoint
 from onebase.training.card import model_card
 from onebase.training.curves import draw_curves, save_png
@@ -144,9 +146,10 @@ def _compare(
     if not outcome.ready.data.valid_rows.rows:
         return None, None, ()
     groups = grouped_references(outcome.ready.data.valid)[: outcome.config.samples]
-    before, plain = _score(base, None, groups, outcome)
-    after, tuned = _score(outcome.ready.words.base, adapter, groups, outcome)
-    tokenizer: Any = outcome.ready.words.base.tokenizer
+    base = outcome.ready.words.base
+    before, plain = _score(base, _only_new_tokens(base, adapter), groups, outcome)
+    after, tuned = _score(base, adapter, groups, outcome)
+    tokenizer: Any = base.tokenizer
     texts = [
         str(tokenizer.decode(render_prompt(tokenizer, group[0][0], outcome.ready.data.form)))
         for group in groups
@@ -169,8 +172,8 @@ def _score(
     data, config = outcome.ready.data, outcome.config
     with injected(base.model, adapter, "finish"):
         way = outcome.ready.way if adapter else choose(base, "auto", None)
-        rows = _read_by(base, outcome)
-        loss, tokens = mean_loss(scorer(base, way, "finish"), rows, config.optim.batch_size)
+        held_out = data.valid_rows.rows
+        loss, tokens = mean_loss(scorer(base, way, "finish"), held_out, config.optim.batch_size)
         if not groups:
             return Score(loss, Scores(loss, tokens).perplexity), []
         longest = max(len(row.ids) for row in data.valid_rows.rows)
@@ -180,13 +183,13 @@ def _score(
     return Score(loss, Scores(loss, tokens).perplexity, exact), given
 
 
-def _read_by(base: Base, outcome: Outcome) -> list[Encoded]:
-    """The held-out rows as this base's tokenizer reads them: the plain base has never heard of added tokens."""
-    data, words = outcome.ready.data, outcome.ready.words
-    if base.tokenizer is words.base.tokenizer:
-        return data.valid_rows.rows
-    options = replace(outcome.config.data, overlong="truncate")  # more tokens: there may be no room for them
-    return encode(base.tokenizer, data.valid, options, base.stop_ids, base.context).rows  # pyright: ignore[reportArgumentType]
+def _only_new_tokens(base: Base, adapter: Adapter) -> Adapter | None:
+    """What the plain base lacks to read the rows: its tokens' rows as they started; None where none are new."""
+    new, modules = adapter.origin.tokens, dict(base_modules(base.model))
+    if not new:
+        return None
+    starts = {path: start_rows(modules[path], own.ids, new.values()) for path, own in adapter.tokens.items()}
+    return replace(adapter, lowrank={}, full={}, tokens=starts)
 
 
 def _shown(example: Example, rendered: str) -> str:

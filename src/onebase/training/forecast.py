@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from onebase.config import OptimConfig, TrainConfig
-from onebase.data.pack import bucketed, prompt_groups, step_rows, steps_per_epoch
+from onebase.data.pack import by_length, by_prefix, prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.models.base import Base
 from onebase.training.plan import Plan
@@ -31,23 +31,26 @@ from onebase.training.work import (
 
 SAMPLE = 64  # batches whose tokens and pairs are counted; the others of a run are like them
 EVALUATION = "evaluation"
+# How the ways of scoring (models.scoring) lay out rows.
+LOADS: dict[str, Callable[[Sequence[Encoded]], Load]] = {
+    "engine": lambda rows: load_of(rows, True),
+    "packed": lambda rows: load_of(rows, False),
+    "padded": padded_load,
+}
 
 
-def forecast(
-    base: Base, config: TrainConfig, ready: Prepared, plan: Plan, share: bool = False
-) -> Prediction | None:
+def forecast(base: Base, config: TrainConfig, ready: Prepared, plan: Plan) -> Prediction | None:
     """The seconds of all optimiser steps and evaluations, from speeds measured now (about two seconds).
 
-    `share`: rows that have the same prompt meet in a batch, and it is computed once. Reading the base and the
-    rows, hashing, saving and sampling answers are not counted. None where the base is of a kind whose work
-    cannot be counted (`work.read_decoder`).
+    Reading the base and the rows, hashing, saving and sampling answers are not counted. None where the base is of a
+    kind whose work cannot be counted (`work.read_decoder`).
     """
     decoder, rows = read_decoder(base.model, ready.coverage), ready.data.train_rows.rows
     if decoder is None:
         return None
-    packed = ready.way.name != "padded"
-    batches = _first_batches(rows, config, share)
-    loads = [load_of(batch, share) if packed else padded_load(batch) for batch in batches]
+    count = LOADS[ready.way.name]
+    batches = _first_batches(rows, config)
+    loads = [count(batch) for batch in batches]
     load = _mean(loads)
     scale = _rows_seen(len(rows), plan.steps, config.optim) / sum(len(batch) for batch in batches)
     weight = next(base.model.parameters())
@@ -58,7 +61,7 @@ def forecast(
     tokens = round(scale * sum(one.tokens for one in loads))
     per_step = {OPTIMIZER: float(OPTIMIZER_BYTES * plan.trainable)}
     steps = predict(_per_token(decoder, load, weight.dtype), per_step, speeds, tokens, plan.steps)
-    scored = _evaluation_loads(ready.data.valid_rows.rows, config.optim, packed)
+    scored = _evaluation_loads(ready, config.optim)
     if not scored:
         return steps
     tokens = sum(one.tokens for one in scored) * evaluations(plan.steps, len(rows), config.optim)
@@ -81,9 +84,9 @@ def _per_token(decoder: Decoder, load: Load, dtype: torch.dtype, backward: bool 
     return {part: amount / load.tokens for part, amount in work.items()}
 
 
-def _first_batches(rows: Sequence[Encoded], config: TrainConfig, share: bool) -> list[list[Encoded]]:
+def _first_batches(rows: Sequence[Encoded], config: TrainConfig) -> list[list[Encoded]]:
     """Up to `SAMPLE` batches of the run's first epoch."""
-    optim, groups = config.optim, prompt_groups(rows) if share else ()
+    optim, groups = config.optim, prompt_groups(rows) if config.optim.group_prompts else ()
     batches: list[list[Encoded]] = []
     for step in range(steps_per_epoch(len(rows), optim.batch_size, optim.accumulate)):
         made = step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step, groups)
@@ -98,10 +101,11 @@ def _rows_seen(rows: int, steps: int, optim: OptimConfig) -> int:
     return epochs * rows + min(rows, rest * optim.batch_size * optim.accumulate)
 
 
-def _evaluation_loads(rows: Sequence[Encoded], optim: OptimConfig, packed: bool) -> list[Load]:
-    batches = bucketed([len(row.ids) for row in rows], optim.batch_size)
-    batches = [[rows[index] for index in batch] for batch in batches]
-    return [load_of(batch, False) if packed else padded_load(batch) for batch in batches]
+def _evaluation_loads(ready: Prepared, optim: OptimConfig) -> list[Load]:
+    rows, order = ready.data.valid_rows.rows, by_prefix if ready.way.name == "engine" else by_length
+    return [
+        LOADS[ready.way.name]([rows[index] for index in batch]) for batch in order(rows, optim.batch_size)
+    ]
 
 
 def _mean(loads: Sequence[Load]) -> Load:

@@ -102,7 +102,7 @@ def prepare(base: Base, config: TrainConfig) -> Prepared:
     findings = [*data.summary.findings, *_uneven(coverage)]
     overridden = enforce(findings, allowed)
     _check_sizes(data, lora)
-    way = choose(base, config.optim.engine, _probe(base, coverage, config, words))
+    way = choose(base, config.optim.engine, _probe(base, coverage, config, words), data.train_rows.rows)
     return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words)
 
 

@@ -24,12 +24,14 @@ from onebase.training import checkpoint
 from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
 from onebase.training.finish import Outcome, finish
+from onebase.training.forecast import forecast
 from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
 from onebase.training.prepare import Prepared, prepare
 from onebase.training.record import MetricsFile, RunRecord
+from onebase.training.speed import Prediction
 
 OPTIONS, METRICS, LOCK = "train.yaml", "metrics.jsonl", ".lock"
 
@@ -51,7 +53,7 @@ TASKS = {"causal": "CAUSAL_LM"}
 
 # What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
 FREE = frozenset(
-    {"resume", "overwrite", "log", "keep", "samples", "output", "data", "validation", "base", "dtype"}
+    {"resume", "overwrite", "plan", "log", "keep", "samples", "output", "data", "validation", "base", "dtype"}
 )
 
 Listener = Callable[[Plan | Event], None]
@@ -102,6 +104,20 @@ def train(
     with process_lock(folder / LOCK, wait=False), torch.random.fork_rng():
         _open_folder(folder, config)
         return _train(_Job(base, config, ready, plan, folder, snapshot, facts), listener, stop)
+
+
+def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
+    """What `train` with these options would do, and the time it would take here; nothing is written.
+
+    The prediction is None where the base is of a kind whose work cannot be counted.
+    """
+    config = build(TrainConfig, options)
+    if not config.data.data:
+        raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
+    base = load_base(config.base, config.dtype)
+    ready = prepare(base, config)
+    plan = make_plan(base, config, ready)
+    return plan, forecast(base, config, ready, plan)
 
 
 def read_config(options: Mapping[str, Any]) -> TrainConfig:

@@ -70,6 +70,10 @@ def test_a_run_trains_the_rows_and_records_the_new_tokens(run):
     ]
     assert plan.trainable == adapter.parameters
     assert load_adapter(result.folder, base) == adapter
+    start = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert (start["kind"], start["step"]) == ("eval", 0)
+    assert result.record.before.loss == pytest.approx(start["loss"], rel=1e-5)
+    assert result.record.after.loss < result.record.before.loss
     assert json.loads((result.folder / "onebase.json").read_text())["tokens"] == adapter.origin.tokens
 
 
@@ -140,6 +144,20 @@ def test_an_untrained_token_passes_its_gate_once_its_row_is_trained(rows, tmp_pa
     ready = prepare(base, read_config({**options, "trainable_tokens": "<|im_start|>"}))
     assert ready.words.ids == (start,)
     assert ready.words.new == {}
+
+
+def test_rows_alone_are_an_adapter(rows, tmp_path):
+    options = OPTIONS | {
+        "data": str(rows),
+        "output": str(tmp_path / "out"),
+        "target_modules": "",
+        "max_steps": 2,
+    }
+    base = text_base()
+    result = train(base, **options)
+    assert result.adapter.lowrank == {}
+    assert load_adapter(result.folder, base) == result.adapter
+    assert result.record.after.loss < result.record.before.loss
 
 
 def test_a_tokenizer_with_other_ids_is_refused():
