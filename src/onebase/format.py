@@ -32,9 +32,9 @@ from onebase.fitting import fit_problems, with_kinds
 from onebase.layers import base_modules
 from onebase.options import fits
 from onebase.peft_config import (
-    PLAIN_STARTS,
     from_peft,
     is_refused,
+    names_start,
     refusal_hint,
     saved_modules,
     target_spec,
@@ -85,7 +85,7 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
         "base": {"name": origin.base, "fingerprint": origin.fingerprint},
         "prompt": dict(origin.prompt),
         "training": dict(origin.training),
-    } | ({} if adapter.config.init in PLAIN_STARTS else {"start": adapter.config.init})
+    } | ({} if names_start(adapter.config) else {"start": adapter.config.init})
     sidecar |= {"tokens": dict(origin.tokens)} if origin.tokens else {}
     write_text(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
     # In order, but for what stands inside: of rank_pattern's keys the first one that matches counts.

@@ -55,7 +55,14 @@ class _Expression(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _expression(pattern: str) -> _Expression:
-    return _Expression(regex.compile(pattern), _Clock())
+    return _Expression(_compiled(pattern), _Clock())
+
+
+def _compiled(pattern: str) -> Any:
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
+        raise ConfigError(f"pattern {pattern[:200]!r}", f"no regular expression: {error}") from error
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -81,7 +88,7 @@ def named(names: Sequence[str], path: str) -> bool:
     return any(end in known for end in ends(path))
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """The keys of a rank_pattern or alpha_pattern, by how they are looked up; numbers are places among the keys."""
 
     paths: dict[str, int]  # whole paths, from keys such as `^model\\.layers\\.0`
@@ -93,9 +100,12 @@ class _Keys(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _keys(keys: tuple[str, ...]) -> _Keys:
-    """Keys are often as many as modules (`combine` writes such), so that trying each on each path would be slow."""
-    found = _Keys({}, {}, {}, {}, [], _Clock())
+def keys_of(keys: tuple[str, ...]) -> Keys:
+    """Sort the keys: they are often as many as modules, so that trying each of them on each path would be slow.
+
+    Raises ConfigError where too many are regular expressions.
+    """
+    found = Keys({}, {}, {}, {}, [], _Clock())
     for number, key in enumerate(keys):
         if _PLAIN.fullmatch(key):
             place = found.paths if key.startswith("^") else found.names
@@ -104,24 +114,24 @@ def _keys(keys: tuple[str, ...]) -> _Keys:
             found.dotted.setdefault(key, number)
             found.dots.setdefault(len(key), set()).add(tuple(n for n, sign in enumerate(key) if sign == "."))
         else:
-            found.others.append((number, regex.compile(rf"(.*\.)?({key})")))
+            found.others.append((number, _compiled(rf"(.*\.)?({key})")))
     if len(found.others) > MOST:
         asked = f"a pattern of {len(found.others)} regular expressions"
         raise ConfigError(asked, f"at most {MOST} can be tried on each module", hint="list plain names")
     return found
 
 
-def first_key(keys: Sequence[str], path: str) -> int | None:
+def first_key(known: Keys, path: str) -> int | None:
     """The place of the first key that matches the path's end: PEFT's rule for rank_pattern and alpha_pattern.
 
     Raises ConfigError where the matching takes too long.
     """
-    known, tails = _keys(tuple(keys)), ends(path)
+    tails = ends(path)
     places = [known.paths.get(path), *(known.names.get(tail) for tail in tails)]
     places += [known.dotted.get(_masked(t, dots)) for t in tails for dots in known.dots.get(len(t), ())]
-    first = min((number for number in places if number is not None), default=len(keys))
-    earlier = (n for n, one in known.others if n < first and known.clock.fits(one, path))
-    return next(earlier, first if first < len(keys) else None)
+    first = min((number for number in places if number is not None), default=None)
+    earlier = (n for n, one in known.others if (first is None or n < first) and known.clock.fits(one, path))
+    return next(earlier, first)
 
 
 def _masked(text: str, places: Sequence[int]) -> str:

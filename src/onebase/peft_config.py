@@ -25,7 +25,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 NO_TARGETS = "dummy-target-modules"  # PEFT's own word for it: it refuses an empty list
-PLAIN_STARTS = ("default", "gaussian")  # what any release of PEFT knows; other starts go into the sidecar
 _HINTS = {
     "init_lora_weights": "PEFT changed the base for it: save it there with save_pretrained(..., "
     "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER'S START), which gives a plain LoRA",
@@ -70,6 +69,14 @@ def type_problems(raw: Mapping[str, Any]) -> list[str]:
     ] + index_problems(raw)
 
 
+def names_start(config: LoraConfig) -> bool:
+    """Whether PEFT's settings can say how the adapter started; the sidecar does where they cannot.
+
+    PEFT of any release knows these two, and with lora_bias it accepts the default alone.
+    """
+    return config.init == "default" or (config.init == "gaussian" and not config.lora_bias)
+
+
 def to_peft(adapter: Adapter) -> dict[str, Any]:
     """Keys that PEFT has long known, and newer ones only where needed, so that older releases read the file."""
     config = adapter.config
@@ -93,7 +100,7 @@ def to_peft(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": config.ranks,
         "alpha_pattern": config.alphas,
         "use_rslora": config.rslora,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" and names_start(config) else True,
         "fan_in_fan_out": any(low.kind == "transposed" for low in adapter.lowrank.values()),
         "bias": "none",
     } | {key: value for key, value in newer.items() if value}

@@ -13,7 +13,7 @@ from onebase.adapter import Adapter, LowRank
 from onebase.config import LoraConfig
 from onebase.kinds import is_parameter
 from onebase.peft_config import TargetSpec
-from onebase.targets import name_matches, pattern_value, spec_matches
+from onebase.targets import name_matches, pattern_reader, spec_matches
 from onebase.variants import scaling
 
 _PREFIX = "base_model.model."
@@ -230,10 +230,11 @@ def lowrank_updates(
     problems: list[str] = []
     lowrank: dict[str, LowRank] = {}
     matrix = "transposed" if raw.get("fan_in_fan_out") else "linear"
+    rank_of, alpha_of = pattern_reader(config.ranks), pattern_reader(config.alphas)
     for stored, sides in lows.items():
         place = at[stored]
-        rank = pattern_value(config.ranks, place.spellings, config.rank)
-        alpha = pattern_value(config.alphas, place.spellings, config.alpha)
+        rank = rank_of(place.spellings, config.rank)
+        alpha = alpha_of(place.spellings, config.alpha)
         a, b = sides.get("A"), sides.get("B")
         if not place.path:
             problems.append(f"{stored}: the config does not tell which parameter this belongs to")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from onebase.config import ALL_LINEAR, REGEX_PREFIX, LoraConfig, parse_layers
 from onebase.errors import TargetError, nearest
 from onebase.kinds import Site, Target, find_site, is_parameter, why_not
 from onebase.layers import bare, base_modules
-from onebase.patterns import first_key, matches, named
+from onebase.patterns import first_key, keys_of, matches, named
 from onebase.variants import start_scale
 
 V = TypeVar("V")
@@ -82,11 +82,18 @@ def spec_matches(spec: str | Sequence[str], path: str) -> bool:
 
 def pattern_value(pattern: Mapping[str, V], spellings: Sequence[str], default: V) -> V:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of one of the paths."""
-    if not pattern:
-        return default
-    keys = tuple(pattern)
-    places = [place for path in spellings if (place := first_key(keys, path)) is not None]
-    return pattern[keys[min(places)]] if places else default
+    return pattern_reader(pattern)(spellings, default)
+
+
+def pattern_reader(pattern: Mapping[str, V]) -> Callable[[Sequence[str], V], V]:
+    """`pattern_value` for many paths: (spellings, default) -> value."""
+    keys, values = keys_of(tuple(pattern)), tuple(pattern.values())
+
+    def read(spellings: Sequence[str], default: V) -> V:
+        places = [place for path in spellings if (place := first_key(keys, path)) is not None]
+        return values[min(places)] if places else default
+
+    return read
 
 
 def adaptable(model: nn.Module) -> dict[str, Site]:

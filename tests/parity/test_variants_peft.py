@@ -14,7 +14,7 @@ from torch import nn
 from onebase.adapter import parted
 from onebase.calibration import observed
 from onebase.config import LoraConfig
-from onebase.format import load_adapter, save_adapter
+from onebase.format import load_adapter, read_adapter, save_adapter
 from onebase.injection import extract, inject, injected, new_adapter, trainable, use
 from onebase.kinds import merged_weight
 from onebase.layers import base_modules
@@ -373,6 +373,15 @@ def test_dora_and_lora_bias_learn_as_in_peft(arch, variant, tmp_path):
         start = low.magnitude if "dora" in variant else low.bias
         assert start is not None
         assert start.any()
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa"])
+def test_peft_reads_a_bias_beside_any_start(init, tmp_path):
+    """PEFT refuses a config of lora_bias that names a start, so ours names it elsewhere."""
+    adapter = new_adapter(tiny("gpt2"), LoraConfig(**SMALL, init=init, lora_bias=True))
+    save_adapter(adapter, tmp_path / "a")
+    assert read_adapter(tmp_path / "a") == adapter
+    PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "a")
 
 
 def test_observed_gradients_do_not_need_the_whole_model(tmp_path):
