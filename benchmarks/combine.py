@@ -15,7 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import (
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.common import (
     Gate,
     Numbers,
     Result,
@@ -27,9 +30,6 @@ from common import (
     random_update,
     show,
 )
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from onebase.adapter import Adapter
 from onebase.arithmetic import combine
 from onebase.combining import METHODS

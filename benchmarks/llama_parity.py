@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import torch
-from common import Gate, Result, show
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from benchmarks.common import Gate, Result, show
 from onebase.adapter import Adapter
 from onebase.config import LoraConfig
 from onebase.export import portable

@@ -16,7 +16,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import (
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import (
     Gate,
     Numbers,
     Result,
@@ -28,9 +31,6 @@ from common import (
     random_update,
     show,
 )
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
 from onebase.format import save_adapter
 from onebase.merge_files import merge_files
 from onebase.models.base import locate_base

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Gate, Result, parser, random_update, show
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from benchmarks.common import Gate, Result, parser, random_update, show
 from onebase.format import save_adapter
 from onebase.merge import merge_in_memory, unmerge
 from onebase.models.base import locate_base

@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from common import Gate, Result, parser, show
-
+from benchmarks.common import Gate, Result, parser, show
 from onebase.errors import Diverged
 from onebase.models.base import Base, load_base
 from onebase.training.loop import Evaluated
@@ -63,6 +62,7 @@ class Task:
         """What a finished run must agree with to count."""
         return {
             "base": self.base.fingerprint,
+            "dtype": self.base.dtype,
             "data": self.data,
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -162,12 +162,13 @@ def main(options: argparse.Namespace) -> None:
     file = data / "valid.jsonl" if data.is_dir() else data
     if not file.is_file():
         raise SystemExit(f"no rows at {file}: name a JSONL file with prompt and completion by --data")
-    grid, moves, seeds = (GRID[1:2], 0, 1) if options.quick else (GRID, MOVES, options.runs)
+    grid = tuple(map(float, options.grid.split(",")))
+    grid, moves, seeds = (grid[1:2], 0, 1) if options.quick else (grid, options.moves, options.runs)
     with tempfile.TemporaryDirectory() as temporary:
         rows = Path(temporary)
         held_out = min(options.held_out, 20) if options.quick else options.held_out
         split(file, rows, held_out)
-        base = load_base(options.base, "float32")
+        base = load_base(options.base, options.dtype)
         steps = min(options.steps, 4) if options.quick else options.steps
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         task = Task(base, rows, steps, options.batch_size, options.rank, held_out, digest)
@@ -216,6 +217,13 @@ def report(runs: Mapping[str, list[Mapping[str, float]]], task: Task, seeds: int
 if __name__ == "__main__":
     arguments = parser(__doc__, runs=3)
     arguments.add_argument("--base", default="smollm2-135m", help="the base model")
+    arguments.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="the base's dtype"
+    )
+    arguments.add_argument("--grid", default=",".join(map(str, GRID)), help="learning rates to try first")
+    arguments.add_argument(
+        "--moves", type=int, default=MOVES, help="how often a grid goes on beyond its edge"
+    )
     arguments.add_argument(
         "--data", default=str(DATA), help="a JSONL file of prompts and completions, or E2E's folder"
     )

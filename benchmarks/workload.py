@@ -1,34 +1,49 @@
-"""The work that the training benchmarks share: E2E rows as token ids, an adapter to start from, and the peers' loops."""
+"""The work that the training benchmarks share: rows as token ids, an adapter to start from, and each side's loop.
+
+`python -m benchmarks.workload --side SIDE --work BASE FOLDER DTYPE TASK` is one side in a fresh process; the benchmarks
+call it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import ctypes
+import json
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.common import Gate, Numbers, checked, in_fresh_process, measured, peak_resident
 from onebase.adapter import Adapter, Origin
+from onebase.cli.bench import Bound, matrix_bound
 from onebase.config import DataConfig, LoraConfig
 from onebase.data.read import read_examples
 from onebase.data.template import Encoded, encode
 from onebase.format import load_adapter, save_adapter
 from onebase.injection import inject, new_adapter, trainable
-from onebase.models.base import Base, load_base
+from onebase.models.base import Base, load_base, locate_base
 from onebase.models.engine import engine_problem
 from onebase.models.scoring import Thrift, Way, loss_tokens, scorer
+from onebase.targets import match
+from onebase.training.work import load_of, read_decoder
 
 BASE = "smollm2-135m"
 DATA = "../shared/data/e2e/valid.jsonl"
 RANK, ALPHA, LR, CLIP = 8, 16.0, 5e-4, 1.0
+WARM_UP, COMPARED = 2, 5  # steps that are not timed, and those whose losses must agree
+# How far loss and gradients may be from PEFT's, relative; in bfloat16 what rounding makes of them.
+EXACT = {"float32": (1e-5, 1e-4), "bfloat16": (3e-2, 3e-1)}
+BOUND_SECONDS = 12.0  # what measuring the matrix products may take
 
 
 def options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -54,7 +69,8 @@ def start_adapter(base: Base, folder: Path) -> Adapter:
     adapter = new_adapter(base.model, config, 0, Origin(str(base.name), base.fingerprint))
     draw = torch.Generator().manual_seed(0)
     low = {
-        p: one._replace(B=torch.randn(one.B.shape, generator=draw) * 1e-3) for p, one in adapter.lowrank.items()
+        p: one._replace(B=torch.randn(one.B.shape, generator=draw) * 1e-3)
+        for p, one in adapter.lowrank.items()
     }
     adapter = Adapter(adapter.config, low, {}, origin=adapter.origin)
     save_adapter(adapter, folder, overwrite=True)
@@ -96,6 +112,7 @@ class Work:
 
     loss: Callable[[Sequence[Encoded]], Tensor]  # mean nats over the batch's targets
     parameters: dict[str, nn.Parameter]  # by our names: path.A, path.B
+    base: Base | None = None  # where it is ours
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW with PEFT scripts' settings, the same for all."""
@@ -112,21 +129,31 @@ def our_work(base: Base, adapter: str | Path, share: bool, checkpoint: bool = Fa
     for p in parameters.values():
         p.requires_grad_(True)
     total = scorer(base, way, "bench", Thrift(checkpoint, share)).loss
-    return Work(lambda rows: total(rows) / loss_tokens(rows), parameters)
+    return Work(lambda rows: total(rows) / loss_tokens(rows), parameters, base)
 
 
 def peft_work(folder: str | Path, adapter: str | Path, dtype: str, tuned: bool) -> Work:
     """PEFT on padded batches: full logits, as its users write it; `tuned`: logits only where there is loss."""
-    from peft import PeftModel
+    return on_peft(open_plain(folder, dtype), adapter, tuned)
+
+
+def open_plain(folder: str | Path, dtype: str) -> nn.Module:
+    """The base as transformers opens it."""
     from transformers import AutoModelForCausalLM
 
     warnings.simplefilter("ignore")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def on_peft(model: Any, adapter: str | Path, tuned: bool) -> Work:
+    """`peft_work` for a model that is open."""
+    from peft import PeftModel
+
     peft = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     named = {
-        name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A").replace(
-            ".lora_B.default.weight", ".B"
-        ): p
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.default.weight", ".A")
+        .replace(".lora_B.default.weight", ".B"): p
         for name, p in peft.named_parameters()
         if p.requires_grad
     }
@@ -193,10 +220,195 @@ def keep_pages() -> None:
     """glibc: take large tensors from a heap that is not given back, so that each step does not fault it in anew."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for what, value in ((-3, 1 << 30), (-1, -1 & 0x7FFFFFFF), (-4, 0)):  # mmap threshold, trim, mmap count
+        for what, value in (
+            (-3, 1 << 30),
+            (-1, -1 & 0x7FFFFFFF),
+            (-4, 0),
+        ):  # mmap threshold, trim, mmap count
             libc.mallopt(what, value)
 
 
 def open_base(name: str, dtype: str) -> Base:
     """The base as a training run opens it."""
     return load_base(name, dtype)
+
+
+# -- Sides: what a benchmark runs in fresh processes.
+
+
+class Place(NamedTuple):
+    """What a side needs to begin: the base's folder, one with the start adapter and the batches, the base's dtype."""
+
+    base: str
+    folder: str
+    dtype: str
+
+    @property
+    def adapter(self) -> str:
+        return str(Path(self.folder) / "adapter")
+
+    @property
+    def batches(self) -> Path:
+        return Path(self.folder) / "batches.json"
+
+
+Order = Callable[[Sequence[Encoded], int, int], list[list[Encoded]]]
+
+
+def prepare(given: argparse.Namespace, folder: str, order: Order) -> Place:
+    """Write the batches, the same for all sides, and the adapter that they start from."""
+    place = Place(str(locate_base(given.base)), folder, given.dtype)
+    base = open_base(given.base, given.dtype)
+    batches = order(load_rows(base, given.data), given.batch_size, WARM_UP + given.steps)
+    if any(len(batch) < given.batch_size for batch in batches):
+        raise SystemExit(f"{given.data} has too few rows for {len(batches)} batches of {given.batch_size}")
+    start_adapter(base, Path(place.adapter))
+    place.batches.write_text(json.dumps(batches))
+    return place
+
+
+def read_batches(place: Place) -> list[list[Encoded]]:
+    return [[Encoded(*row) for row in batch] for batch in json.loads(place.batches.read_text())]
+
+
+class Side(NamedTuple):
+    """How a side opens the base, and what it then makes of it to train."""
+
+    open: Callable[[Place], Any]
+    start: Callable[[Any, Place], Work]
+    bucketed: bool = False  # whether it batches the timed rows by length
+    share: bool = False
+
+
+def _ours(share: bool = False, recompute: bool = False) -> Side:
+    return Side(
+        lambda place: open_base(place.base, place.dtype),
+        lambda base, place: our_work(base, place.adapter, share, recompute),
+        share=share,
+    )
+
+
+def _peft(tuned: bool) -> Side:
+    return Side(
+        lambda place: open_plain(place.base, place.dtype),
+        lambda model, place: on_peft(model, place.adapter, tuned),
+        tuned,
+    )
+
+
+WORKS = {
+    "ours": _ours(),
+    "ours_shared": _ours(share=True),
+    "ours_recompute": _ours(recompute=True),
+    "peft": _peft(tuned=False),
+    "peft_tuned": _peft(tuned=True),
+}
+KEPT = "_kept"  # behind a peer's name: under our allocator settings, which our own sides always have
+TRL = "trl"  # its trainer has its own loop
+
+
+def speed(side: str, place: Place) -> Numbers:
+    """Tokens a second that are not padding, seconds a step (median), and the process's peak memory in MB."""
+    batches = read_batches(place)
+    warm, timed = batches[:WARM_UP], batches[WARM_UP:]
+    if side == TRL:
+        from benchmarks.trl_trainer import step_times
+
+        rows = [row for batch in batches for row in batch]
+        return _speed(*step_times(place, rows, len(batches[0]), (RANK, ALPHA)))
+    how = WORKS[side]
+    work = how.start(how.open(place), place)
+    timed = bucketed(timed) if how.bucketed else timed
+    seconds = [took for _, took in train(work, [*warm, *timed])]
+    found = _speed(seconds, [tokens([batch]) for batch in [*warm, *timed]])
+    return {**found, **_bound(work.base, timed, how.share)} if work.base else found
+
+
+def _speed(seconds: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    timed = slice(WARM_UP, None)
+    return {
+        "tokens_s": sum(counts[timed]) / sum(seconds[timed]),
+        "step_s": statistics.median(seconds[timed]),
+        "peak_mb": peak_resident(),
+    }
+
+
+def _bound(base: Base, batches: Sequence[Sequence[Encoded]], share: bool) -> Numbers:
+    """What the matrix products allow in tokens a second, and GFLOP/s by their shape: rows x inner x columns."""
+    decoder = read_decoder(base.model, match(base.model, LoraConfig(rank=RANK, alpha=ALPHA)))
+    if decoder is None:
+        return {}
+    loads = [load_of(batch, share) for batch in batches]
+    dtype = getattr(torch, base.dtype)
+    found: Bound = matrix_bound(decoder, loads, dtype, base.device, BOUND_SECONDS)
+    once = tokens(batches) / sum(load.tokens for load in loads)  # above 1 where prompts are shared
+    shapes = {
+        f"GFLOP/s {one.rows} x {one.inner} x {one.columns}{' added' * one.added}": flops / 1e9
+        for one, flops in found.shapes.items()
+    }
+    return {"bound": found.tokens * once, "each": found.each * once, "gflops": found.flops / 1e9, **shapes}
+
+
+def memory(side: str, place: Place) -> Numbers:
+    """Peak resident MB of training above what the opened base takes, and seconds a step (median)."""
+    how, batches = WORKS[side], read_batches(place)
+    opened = how.open(place)
+    model = opened.model if isinstance(opened, Base) else opened
+    for parameter in model.parameters():
+        parameter.sum()  # mapped weights become resident: they are the base's, not the training's
+    with measured() as found:
+        work = how.start(opened, place)
+        seconds = [took for _, took in train(work, batches)]
+    return {"memory": found["memory"], "step_s": statistics.median(seconds[WARM_UP:])}
+
+
+def compare(side: str, place: Place) -> Numbers:
+    """The losses of the first steps; the first batch's gradients go into a file."""
+    how, batches = WORKS[side], read_batches(place)[:COMPARED]
+    work = how.start(how.open(place), place)
+    save_file(
+        {name: gradient.contiguous() for name, gradient in gradients(work, batches[0]).items()},
+        Path(place.folder) / f"{side}.safetensors",
+    )
+    return {str(number): loss for number, (loss, _) in enumerate(train(work, batches))}
+
+
+def gates(name: str, place: Place, side: str = "ours") -> tuple[Gate, ...]:
+    """Losses of the first steps and gradients of the first batch against PEFT's plain loop, before anything is timed.
+
+    Ends the benchmark where they are not equal.
+    """
+    sides = (side, "peft")
+    ours, theirs = (in_fresh_process(__file__, one, "--work", *place, "compare") for one in sides)
+    loss = max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
+    mine, other = (load_file(Path(place.folder) / f"{one}.safetensors") for one in sides)
+    whole = sum(float(gradient.square().sum()) for gradient in other.values()) ** 0.5
+    if mine.keys() != other.keys():
+        raise SystemExit(f"{name}: the sides train different parameters")
+    gradient = max(  # a gradient that is next to nothing beside the whole is compared with a part of that
+        float((mine[key] - other[key]).norm()) / max(float(other[key].norm()), 1e-3 * whole) for key in other
+    )
+    losses, slopes = EXACT[place.dtype]
+    return checked(
+        name,
+        Gate(f"largest relative difference of the loss from PEFT's in {len(theirs)} steps", loss, losses),
+        Gate("largest relative difference of a gradient from PEFT's", gradient, slopes),
+    )
+
+
+TASKS = {"speed": speed, "memory": memory, "compare": compare}
+
+
+def main(given: argparse.Namespace) -> None:
+    *place, task = given.work
+    side = given.side.removesuffix(KEPT)
+    if side != given.side or side.startswith("ours"):
+        keep_pages()
+    print(json.dumps(TASKS[task](side, Place(*place))))
+
+
+if __name__ == "__main__":
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--side", required=True, help=", ".join([*WORKS, TRL]) + f"; {KEPT}: our allocator's")
+    made.add_argument("--work", nargs=4, required=True, help=f"base, folder, dtype, {' or '.join(TASKS)}")
+    main(made.parse_args())

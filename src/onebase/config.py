@@ -299,6 +299,10 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "the base's dtype; auto measures which is faster here"
     )
+    shard_base: bool = opt(
+        False,
+        "under torchrun: each process keeps a part of the base's weights (FSDP2) instead of all of them",
+    )
     plan: bool = opt(False, "print what the run would do, its time and its memory on this machine, and stop")
     samples: int = opt(4, "held-out rows whose answers before and after go into the report")
     log: str | list[str] = opt(list, "extra loggers: " + ", ".join(LOGGERS))

@@ -35,7 +35,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     present = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
-        return torch.device(present[0])
+        own = f":{os.environ['LOCAL_RANK']}" if present[0] == "cuda" and "LOCAL_RANK" in os.environ else ""
+        return torch.device(present[0] + own)  # torchrun numbers its processes: a GPU for each
     kind, _, index = name.partition(":")
     if kind not in present:
         raise ConfigError(f"option device={name}", "not on this machine", nearest(name, ["auto", *present]))

@@ -40,6 +40,7 @@ class _Clock:
         try:
             found = expression.fullmatch(text, timeout=max(self.left, QUICK)) is not None
         except TimeoutError:
+            self.left = 0.0
             asked, where = f"pattern {expression.pattern[:200]!r}", f"on {text[:200]!r} and others"
             hint = "write it without repetitions inside repetitions, or list the names"
             raise ConfigError(asked, f"matching takes more than {SECONDS:g} s {where}", hint=hint) from None

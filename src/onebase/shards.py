@@ -217,6 +217,10 @@ def _header(file: Path, size: int) -> tuple[list[tuple[str, Any]], int]:
         header = json.loads(stream.read(length), object_pairs_hook=_Pairs)
     if not isinstance(header, _Pairs):
         raise ValueError("the header is no JSON object")
+    "".join(name for name, _ in header).encode()  # half a surrogate pair is no name: ValueError
+    texts = [value for name, held in header if name == "__metadata__" for value in _values(held)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("__metadata__ holds more than texts")
     return [(name, entry) for name, entry in header if name != "__metadata__"], 8 + length
 
 
@@ -224,10 +228,16 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object that keeps repeated keys, which a dict would hide."""
 
 
+def _values(entry: object) -> list[Any]:
+    return [value for _, value in entry] if isinstance(entry, _Pairs) else [None]
+
+
 def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     fields = dict(entry) if isinstance(entry, _Pairs) else {}
     match fields:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            type(begin) is type(end) is int
+        ):
             pass
         case _:
             raise ValueError("entry lacks dtype, shape or data_offsets")

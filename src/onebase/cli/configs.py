@@ -116,6 +116,22 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """`onebase bench`."""
+
+    base: str = opt("smollm2-135m", "base model")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
+    batch_size: int = opt(16, "rows in a step")
+    rank: int = opt(16, "rank of the adapter, on all linear layers")
+    steps: int = opt(5, "steps that are timed, after one to warm up")
+    json: bool = opt(False, "print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rank", "steps"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """`onebase demo`."""
 

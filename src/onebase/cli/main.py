@@ -98,6 +98,12 @@ COMMANDS: dict[str, Command] = {
         "onebase compare runs/a runs/b --prompts prompts.txt",
         positional="adapters",
     ),
+    "bench": Command(
+        configs.BenchConfig,
+        "bench",
+        "how fast this machine trains: its matrix products, onebase, and PEFT if it is installed",
+        "onebase bench --base smollm2-135m",
+    ),
     "demo": Command(
         configs.DemoConfig,
         "demo",

@@ -12,17 +12,22 @@ from typing import Any
 from onebase.cli.console import notes, say
 from onebase.cli.screen import TrainingScreen, print_plan, print_record
 from onebase.config import TrainConfig, build
+from onebase.training.distributed import launched_rank
 from onebase.training.run import foresee, train
 
 
 def run(options: dict[str, Any]) -> int:
     """Train; returns 130 where the run was interrupted, else 0."""
     config = build(TrainConfig, options)
+    leads = launched_rank() == 0  # of the processes that torchrun starts the first alone prints
     if config.plan:
-        print_plan(*foresee(options))
+        if leads:
+            print_plan(*foresee(options))
         return 0
     with TrainingScreen() as screen, _stoppable() as stop:
         result = train(None, screen, lambda: bool(stop), **options)
+    if not leads:
+        return 0 if result.record else 130
     if result.record is None:
         again = shlex.join(["onebase", "train", "--output", str(result.folder), "--resume"])
         told = f"interrupted at step {result.progress.step}, saved; go on with: {again}"

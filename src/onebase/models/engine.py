@@ -1,13 +1,14 @@
 """The fast path of training: a decoder and its adapter, computed by `ops` instead of by the model's own modules.
 
 Exact: the same function as the model's forward, proved on the model itself by `engine_problem`. Rows are packed, and
-what rows share at their beginning is computed once.
+what rows share at their beginning is computed once. Several adapters may share one pass over the frozen weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from onebase.layers import LoraLayer
 from onebase.models.reading import ReadLayer, Unsupported, read_model
 from onebase.ops.adapted import Dropout
 from onebase.ops.cross_entropy import frozen_cross_entropy
-from onebase.ops.decoder import Call, Groups, Updates, decoder_layer
+from onebase.ops.decoder import Call, Groups, Part, Updates, decoder_layer
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import normed
 from onebase.ops.prefix import Block, blocks
@@ -32,46 +33,75 @@ NARROW_TOLERANCE = (3e-2, 3e-1)
 SHARED, BRANCHES, ALONE = 6, (3, 4), 5
 
 
+class Member(NamedTuple):
+    """One adapter's rows in a joint batch, and its dropout in each layer."""
+
+    name: str
+    layout: Layout
+    dropouts: tuple[Dropout | None, ...]
+
+
 class Engine:
-    """A model and one of its adapters, ready for the fast path. Raises Unsupported where they do not fit.
+    """A model and some of its adapters, ready for the fast path. Raises Unsupported where they do not fit.
 
     The base's tensors are read where they are, so an engine is built again after the model was moved or changed.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self._read, self._name = read_model(model, name), name
+    def __init__(self, model: nn.Module, *names: str) -> None:
+        self._read, self._names = read_model(model, names), names
 
     def loss(self, layout: Layout, checkpoint: bool = False) -> Tensor:
-        """The summed cross-entropy, in nats, of a layout's targets: a scalar in at least float32.
+        """`joint_loss` for one layout and the first adapter alone."""
+        return self.joint_loss([self.member(self._names[0], layout)], checkpoint)[0]
 
-        Attached to autograd with gradients for the adapter's parameters alone. Adapters drop out as `adapter_dropout`
-        says. With `checkpoint` each layer keeps its input alone and computes the rest again in the backward pass.
+    def member(self, name: str, layout: Layout) -> Member:
+        """An adapter's rows, ready for `joint_loss`. Its masks are drawn from torch's random state, now.
+
+        Adapters drop out as `adapter_dropout` says.
         """
-        read = self._read
+        groups = (layer.places for layer in self._read.layers)
+        places = [[place for group in layer for place in group if place is not None] for layer in groups]
+        return Member(name, layout, tuple(_dropout(here, name) for here in places))
+
+    def joint_loss(self, members: Sequence[Member], checkpoint: bool = False) -> list[Tensor]:
+        """The summed cross-entropy, in nats, of each member's targets: scalars in at least float32.
+
+        All members' tokens go through the frozen weights as one batch; each adapter works on its own rows alone, and
+        no row sees another member's. Attached to autograd with gradients for the adapters' parameters, each from its
+        own loss; one backward pass of the losses' sum gives them all. With `checkpoint` each layer keeps its input
+        alone and computes the rest again in the backward pass.
+        """
+        read, layouts = self._read, [member.layout for member in members]
         device = read.head.weight.device
+        edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
         with torch.no_grad():
-            hidden = read.embed(layout.ids.to(device))
+            hidden = read.embed(torch.cat([layout.ids for layout in layouts]).to(device))
             if read.embedding != 1.0:
                 hidden = hidden * read.embedding
-        rotations = self._rotations(hidden, layout)
-        masks = self._masks(hidden, layout)
-        for layer in read.layers:
-            places = [place for group in layer.places for place in group if place is not None]
-            call = Call(
-                layer.frozen,
-                masks[layer.window],
-                rotations[layer.rotary_type] if layer.rotates else None,
-                _dropout(places, self._name),
-                checkpoint,
+        rotations = self._rotations(hidden, torch.cat([layout.positions for layout in layouts]))
+        masks = self._masks(hidden, layouts, edges)
+        for number, layer in enumerate(read.layers):
+            parts = [
+                Part(*edge, _updates(layer, member.name), member.dropouts[number])
+                for edge, member in zip(pairwise(edges), members, strict=True)
+            ]
+            rotation = rotations[layer.rotary_type] if layer.rotates else None
+            hidden = decoder_layer(
+                hidden, Call(layer.frozen, masks[layer.window], rotation, checkpoint), parts
             )
-            hidden = decoder_layer(hidden, call, self._updates(layer))
-        columns, rows = layout.columns.to(device).unique(return_inverse=True)
-        states = normed(hidden.index_select(0, columns), read.norm)
-        return frozen_cross_entropy(states, read.head, rows, layout.targets.to(device))
+        picked = [layout.columns.unique(return_inverse=True) for layout in layouts]
+        columns = torch.cat([own + start for (own, _), start in zip(picked, edges, strict=False)])
+        states = normed(hidden.index_select(0, columns.to(device)), read.norm)
+        return [
+            frozen_cross_entropy(own, read.head, rows.to(device), layout.targets.to(device))
+            for own, (_, rows), layout in zip(
+                states.split([len(own) for own, _ in picked]), picked, layouts, strict=True
+            )
+        ]
 
-    def _rotations(self, hidden: Tensor, layout: Layout) -> dict[str | None, Rotation]:
-        """The angles of the layout's positions, for each type of layer that rotates."""
-        positions = layout.positions.to(hidden.device)[None]
+    def _rotations(self, hidden: Tensor, positions: Tensor) -> dict[str | None, Rotation]:
+        """The angles of these positions, for each type of layer that rotates."""
+        positions = positions.to(hidden.device)[None]
         found: dict[str | None, Rotation] = {}
         for kind in {layer.rotary_type for layer in self._read.layers if layer.rotates}:
             with torch.no_grad():
@@ -83,16 +113,26 @@ class Engine:
             found[kind] = Rotation(cos, sin, self._read.interleaved)
         return found
 
-    def _masks(self, hidden: Tensor, layout: Layout) -> dict[int | None, list[Block]]:
-        """The attention's blocks, for each window that a layer has."""
+    def _masks(
+        self, hidden: Tensor, layouts: Sequence[Layout], starts: Sequence[int]
+    ) -> dict[int | None, list[Block]]:
+        """The attention's blocks of each layout where it stands, for each window that a layer has."""
         spec = self._read.layers[0].frozen.attention
         like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         groups = (spec.kv_heads, spec.heads // spec.kv_heads)
         windows = {layer.window for layer in self._read.layers}
-        return {window: blocks(layout.nodes, window, groups, like) for window in windows}
+        return {
+            window: [
+                block.moved(start)
+                for layout, start in zip(layouts, starts, strict=False)
+                for block in blocks(layout.nodes, window, groups, like)
+            ]
+            for window in windows
+        }
 
-    def _updates(self, layer: ReadLayer) -> Updates:
-        return Groups(*(tuple(_factors(place, self._name) for place in group) for group in layer.places))
+
+def _updates(layer: ReadLayer, name: str) -> Updates:
+    return Groups(*(tuple(_factors(place, name) for place in group) for group in layer.places))
 
 
 def _factors(place: LoraLayer | None, name: str) -> Factors | None:

@@ -5,6 +5,7 @@ A model is accepted only where each of its modules is transformers' or torch's o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,13 +52,13 @@ class ReadModel(NamedTuple):
     head: Head
 
 
-def read_model(model: nn.Module, name: str) -> ReadModel:
-    """The model with the adapter of this name, as the engine sees it. Raises Unsupported with the reason."""
+def read_model(model: nn.Module, names: Sequence[str]) -> ReadModel:
+    """The model with the adapters of these names, as the engine sees it. Raises Unsupported with the reason."""
     kind = type(model)
     family = FAMILIES.get(kind.__name__)
     if family is None or not kind.__module__.startswith("transformers.models."):
         raise Unsupported(f"{kind.__name__} is not a model that it knows")
-    reader = _Reader(model, name, family)
+    reader = _Reader(model, names, family)
     found = reader.model()
     reader.check_all_known()
     return found
@@ -66,8 +67,8 @@ def read_model(model: nn.Module, name: str) -> ReadModel:
 class _Reader:
     """Reads a model by its family's row, and remembers which modules were accounted for."""
 
-    def __init__(self, model: nn.Module, name: str, family: Family) -> None:
-        self.root, self.name, self.family = model, name, family
+    def __init__(self, model: nn.Module, names: Sequence[str], family: Family) -> None:
+        self.root, self.names, self.family = model, names, family
         self.config: Any = model.config
         self.known: set[nn.Module] = {model}
         self.places: set[LoraLayer] = set()
@@ -161,7 +162,7 @@ class _Reader:
     def linears(
         self, parent: nn.Module, names: list[str], adapted: bool = True
     ) -> tuple[tuple[Linear, ...], tuple[LoraLayer | None, ...]]:
-        """Linear layers, and the wrappers that hold this adapter's updates of them."""
+        """Linear layers, and the wrappers that hold these adapters' updates of them."""
         layers: list[Linear] = []
         places: list[LoraLayer | None] = []
         for name in names:
@@ -170,14 +171,13 @@ class _Reader:
                 raise Unsupported(f"its {name} is a {type(module).__name__}")
             tensors = {key: tensor.detach() for key, tensor in module.named_parameters()}
             layers.append(Linear(tensors["weight"], tensors.get("bias")))
-            place = outer if adapted and isinstance(outer, LoraLayer) and outer.slot(self.name) else None
-            if place is not None:
-                self.places.add(place)
-            places.append(place)
+            held = adapted and isinstance(outer, LoraLayer) and any(map(outer.slot, self.names))
+            places.append(outer if held else None)
+        self.places.update(place for place in places if place is not None)
         return tuple(layers), tuple(places)
 
     def check_all_known(self) -> None:
-        """Raise Unsupported where a module, a hook or a part of the adapter would be passed over."""
+        """Raise Unsupported where a module, a hook or a part of an adapter would be passed over."""
         home = type(self.root).__module__
         for path, module, around in walk(self.root):
             own = type(module).__module__
@@ -188,15 +188,16 @@ class _Reader:
             if "forward" in vars(module) or _hooks(module) or any(map(_hooks, around)):
                 raise Unsupported(f"{path} has a hook or a forward of its own")
             for wrapper in around:
-                self.check_wrapper(path, wrapper)
+                for name in self.names:
+                    self.check_wrapper(path, wrapper, name)
 
-    def check_wrapper(self, path: str, wrapper: Wrapper) -> None:
+    def check_wrapper(self, path: str, wrapper: Wrapper, name: str) -> None:
         """Raise Unsupported where this adapter changes something that the engine does not compute."""
         if not isinstance(wrapper, LoraLayer):
             held = wrapper.copy if isinstance(wrapper, TrainedModule) else wrapper.slot
-            if held(self.name) is not None:
+            if held(name) is not None:
                 raise Unsupported(f"the adapter has more than an update at {path} ({type(wrapper).__name__})")
-        elif (slot := wrapper.slot(self.name)) is not None:
+        elif (slot := wrapper.slot(name)) is not None:
             low = slot.low()
             if wrapper not in self.places or low.kind != "linear" or low.blocks != 1:
                 raise Unsupported(f"the adapter changes {path}, of kind {low.kind}")

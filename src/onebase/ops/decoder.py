@@ -2,24 +2,26 @@
 
 Forward keeps the least that the backward cannot cheaply make again; the backward gives the gradients of the hidden
 states and of the updates' factors, never of a frozen weight. Where nothing below wants a gradient, it stops early.
+The tokens may belong to several adapters, each with its own updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from onebase.ops.adapted import Dropout, Linear, project, project_backward
+from onebase.ops.adapted import Dropout, Linear, Share, project, project_backward
 from onebase.ops.gates import gated, gated_backward
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm, norm, norm_backward
 from onebase.ops.prefix import Block, Heads, Scoring, prefix_attention, prefix_attention_backward
 from onebase.ops.rotary import Rotation, rotate
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -78,13 +80,21 @@ class Layer(NamedTuple):
 Updates = Groups[tuple[Factors | None, ...]]
 
 
+class Part(NamedTuple):
+    """Tokens [start, stop) of a batch, and the adapter that they run with."""
+
+    start: int
+    stop: int
+    updates: Updates
+    dropout: Dropout | None = None
+
+
 class Call(NamedTuple):
     """What a pass over a batch gives a layer beside the hidden states."""
 
     layer: Layer
     blocks: Sequence[Block]
     rotation: Rotation | None
-    dropout: Dropout | None = None
     checkpoint: bool = False  # keep the input alone, and compute the rest again in the backward
 
 
@@ -101,29 +111,33 @@ class _State(NamedTuple):
     mid: Tensor | None
     gate_up: Tensor
     m: Tensor | None  # the MLP's output before its norm
-    h: Groups[Tensor]
+    h: Groups[list[Tensor]]
 
     def flat(self) -> list[Tensor | None]:
-        return [*self[:-1], *self.h]
+        return [*self[:-1], *(h for group in self.h for h in group)]
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> _State:
-        return cls(*flat[:-4], h=Groups(*flat[-4:]))
+        first = len(cls._fields) - 1
+        each = (len(flat) - first) // 4
+        starts = (first + number * each for number in range(4))
+        return cls(*flat[:first], h=Groups(*(list(flat[start : start + each]) for start in starts)))
 
 
-def decoder_layer(x: Tensor, call: Call, updates: Updates) -> Tensor:
-    """The layer's output (T, D) for the hidden states x (T, D)."""
-    scales = Groups(*(tuple(low and low.scale for low in group) for group in updates))
-    factors = [tensor for group in updates for low in group if low for tensor in (low.A, low.B)]
-    return _DecoderLayer.apply(x, call, scales, *factors)  # pyright: ignore[reportReturnType]
+_Shares = Groups[tuple[Share[T], ...]]  # of each group of linear layers, in the order of the parts
+
+
+def decoder_layer(x: Tensor, call: Call, parts: Sequence[Part]) -> Tensor:
+    """The layer's output (T, D) for the hidden states x (T, D). Tokens in no part run without an adapter."""
+    shares = _shares(parts)
+    factors = [tensor for low in _present(shares) for tensor in (low.A, low.B)]
+    return _DecoderLayer.apply(x, call, _mapped(shares, _scale), *factors)  # pyright: ignore[reportReturnType]
 
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, call: Call, scales: Groups[tuple[float | None, ...]], *factors: Tensor
-    ) -> Tensor:
-        y, state = _forward(x, call, _updates(scales, factors))
+    def forward(ctx: Any, x: Tensor, call: Call, scales: _Shares[float], *factors: Tensor) -> Tensor:
+        y, state = _forward(x, call, _with_factors(scales, factors))
         kept = [x] if call.checkpoint else state.flat()
         ctx.save_for_backward(*factors, *kept)
         ctx.call, ctx.scales, ctx.count = call, scales, len(factors)
@@ -133,37 +147,79 @@ class _DecoderLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, call = ctx.saved_tensors, ctx.call
-        updates = _updates(ctx.scales, saved[: ctx.count])
+        shares = _with_factors(ctx.scales, saved[: ctx.count])
         kept = saved[ctx.count :]
-        state = _forward(kept[0], call, updates)[1] if call.checkpoint else _State.of(kept)
-        dx, factors = _backward(gradients[0], state, call, updates, ctx.needs_input_grad[0])
+        state = _forward(kept[0], call, shares)[1] if call.checkpoint else _State.of(kept)
+        dx, factors = _backward(gradients[0], state, call, shares, ctx.needs_input_grad[0])
         return dx, None, None, *factors
 
 
-def _updates(scales: Groups[tuple[float | None, ...]], factors: Sequence[Tensor]) -> Updates:
-    left = iter(factors)
+def _shares(parts: Sequence[Part]) -> _Shares[Factors]:
+    """The parts group by group, each group with masks of its own: it has at most three layers."""
     return Groups(
         *(
-            tuple(None if scale is None else Factors(next(left), next(left), scale) for scale in group)
-            for group in scales
+            tuple(
+                Share(
+                    part.start,
+                    part.stop,
+                    part.updates[number],
+                    part.dropout and part.dropout._replace(seed=part.dropout.seed + 3 * number),
+                )
+                for part in parts
+            )
+            for number in range(4)
         )
     )
 
 
-def _forward(x: Tensor, call: Call, updates: Updates) -> tuple[Tensor, _State]:
+def _present(shares: _Shares[T]) -> list[T]:
+    return [low for group in shares for share in group for low in share.present]
+
+
+def _mapped(shares: _Shares[S], change: Callable[[S], T]) -> _Shares[T]:
+    """The shares with every update changed, in the order of `_present`."""
+    return Groups(
+        *(
+            tuple(
+                Share(
+                    share.start,
+                    share.stop,
+                    [None if low is None else change(low) for low in share.updates],
+                    share.dropout,
+                )
+                for share in group
+            )
+            for group in shares
+        )
+    )
+
+
+def _scale(low: Factors) -> float:
+    return low.scale
+
+
+def _with_factors(scales: _Shares[float], factors: Sequence[Tensor]) -> _Shares[Factors]:
+    left = iter(factors)
+    return _mapped(scales, lambda scale: Factors(next(left), next(left), scale))
+
+
+def _adapted(group: Sequence[Share[Factors]]) -> bool:
+    return any(share.present for share in group)
+
+
+def _forward(x: Tensor, call: Call, shares: _Shares[Factors]) -> tuple[Tensor, _State]:
     layer, norms = call.layer, call.layer.norms
-    drops = _drops(call.dropout)
     n = _normed(x, norms.before_attention)
-    raw, h_qkv = project(n, layer.linears.qkv, updates.qkv, drops.qkv)
+    raw, h_qkv = project(n, layer.linears.qkv, shares.qkv)
     heads = _heads(raw, layer.attention, call.rotation)
     attended = prefix_attention(heads, call.blocks, layer.attention.scoring)
-    a, h_out = project(_merged(attended), layer.linears.out, updates.out, drops.out)
+    a, h_out = project(_merged(attended), layer.linears.out, shares.out)
     mid = _added(x, _normed(a, norms.after_attention), layer.residual)
     if not layer.parallel:
         n = _normed(mid, norms.before_mlp)
-    gate_up, h_gate_up = project(n, layer.linears.gate_up, updates.gate_up, drops.gate_up)
+    gate_up, h_gate_up = project(n, layer.linears.gate_up, shares.gate_up)
     z = gated(gate_up, layer.activation).z
-    m, h_down = project(z, layer.linears.down, updates.down, drops.down)
+    m, h_down = project(z, layer.linears.down, shares.down)
     y = _added(mid, _normed(m, norms.after_mlp), layer.residual)
     state = _State(
         x,
@@ -180,29 +236,26 @@ def _forward(x: Tensor, call: Call, updates: Updates) -> tuple[Tensor, _State]:
 
 
 def _backward(
-    dy: Tensor, state: _State, call: Call, updates: Updates, wants_x: bool
+    dy: Tensor, state: _State, call: Call, shares: _Shares[Factors], wants_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(the gradient of x or None, those of the factors in the order of the groups)."""
-    layer, norms, drops = call.layer, call.layer.norms, _drops(call.dropout)
-    wants_qkv = wants_x or any(updates.qkv)
-    wants_attention = wants_qkv or any(updates.out)
+    layer, norms = call.layer, call.layer.norms
+    wants_qkv = wants_x or _adapted(shares.qkv)
+    wants_attention = wants_qkv or _adapted(shares.out)
     wants_mid = wants_x if layer.parallel else wants_attention
-    wants_gate_up = wants_mid or any(updates.gate_up)
-    n = _normed(state.x, norms.before_attention) if layer.parallel or any(updates.qkv) else state.x
+    wants_gate_up = wants_mid or _adapted(shares.gate_up)
+    n = _normed(state.x, norms.before_attention) if layer.parallel or _adapted(shares.qkv) else state.x
 
     dm = _before_norm(_times(dy, layer.residual), state.m, norms.after_mlp)
     gates = gated(state.gate_up, layer.activation)
-    dz, d_down = project_backward(
-        dm, (gates.z, state.h.down), layer.linears.down, updates.down, drops.down, wants_gate_up
-    )
+    dz, d_down = project_backward(dm, (gates.z, state.h.down), layer.linears.down, shares.down, wants_gate_up)
     d_n, d_gate_up = None, list[Tensor]()
     if dz is not None:
         d_n, d_gate_up = project_backward(
             gated_backward(dz, gates, state.gate_up, layer.activation),
             (n if state.mid is None else _normed(state.mid, norms.before_mlp), state.h.gate_up),
             layer.linears.gate_up,
-            updates.gate_up,
-            drops.gate_up,
+            shares.gate_up,
             wants_mid,
         )
     if not wants_attention:
@@ -210,7 +263,7 @@ def _backward(
     d_mid = dy
     if state.mid is not None and d_n is not None:
         d_mid = _before_norm(d_n, state.mid, norms.before_mlp).add_(dy)
-    d_x, d_qkv, d_out = _attention_backward(d_mid, state, call, updates, (n, wants_qkv, wants_x))
+    d_x, d_qkv, d_out = _attention_backward(d_mid, state, call, shares, (n, wants_qkv, wants_x))
     factors = [*d_qkv, *d_out, *d_gate_up, *d_down]
     if d_x is None:
         return None, factors
@@ -220,18 +273,16 @@ def _backward(
 
 
 def _attention_backward(
-    d_mid: Tensor, state: _State, call: Call, updates: Updates, wanted: tuple[Tensor, bool, bool]
+    d_mid: Tensor, state: _State, call: Call, shares: _Shares[Factors], wanted: tuple[Tensor, bool, bool]
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """The gradients of the attention's normed input and of the factors of qkv and out.
 
     `wanted`: that input, whether q, k, v want a gradient, and whether the input does.
     """
-    (n, wants_qkv, wants_x), layer, drops = wanted, call.layer, _drops(call.dropout)
+    (n, wants_qkv, wants_x), layer = wanted, call.layer
     da = _before_norm(_times(d_mid, layer.residual), state.a, layer.norms.after_attention)
     merged = _merged(state.attended)
-    d_merged, d_out = project_backward(
-        da, (merged, state.h.out), layer.linears.out, updates.out, drops.out, wants_qkv
-    )
+    d_merged, d_out = project_backward(da, (merged, state.h.out), layer.linears.out, shares.out, wants_qkv)
     if d_merged is None:
         return None, [], d_out
     heads = Heads(state.q, state.k, state.v)
@@ -240,7 +291,7 @@ def _attention_backward(
         d_attended, state.attended, heads, call.blocks, layer.attention.scoring
     )
     d_raw = _heads_backward(d_heads, state, layer.attention, call.rotation)
-    d_x, d_qkv = project_backward(d_raw, (n, state.h.qkv), layer.linears.qkv, updates.qkv, drops.qkv, wants_x)
+    d_x, d_qkv = project_backward(d_raw, (n, state.h.qkv), layer.linears.qkv, shares.qkv, wants_x)
     return d_x, d_qkv, d_out
 
 
@@ -306,10 +357,3 @@ def _times(x: Tensor, factor: float) -> Tensor:
 def _added(x: Tensor, more: Tensor, factor: float) -> Tensor:
     """x + factor · more, in the memory of `more`."""
     return (more if factor == 1.0 else more.mul_(factor)).add_(x)
-
-
-def _drops(dropout: Dropout | None) -> Groups[Dropout | None]:
-    """Each group's own masks: a group has at most three layers."""
-    if dropout is None:
-        return Groups(None, None, None, None)
-    return Groups(*(dropout._replace(seed=dropout.seed + 3 * number) for number in range(4)))

@@ -41,6 +41,12 @@ class Block(NamedTuple):
     keys: tuple[Span, ...]
     bias: Tensor
 
+    def moved(self, by: int) -> Block:
+        """The block of the same tokens where they stand `by` later."""
+        first, last = self.queries
+        keys = tuple((start + by, stop + by) for start, stop in self.keys)
+        return Block((first + by, last + by), keys, self.bias)
+
 
 class Heads(NamedTuple):
     """q (n, T, g, d), k (n, T, d), v (n, T, dv): n key heads, each with g query heads; or the gradients of these."""

@@ -115,7 +115,7 @@ def prefix_attention_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sc
 
 
 def project_reference(x: Tensor, layers: Sequence[Linear], updates: Sequence[Factors | None]) -> Tensor:
-    """`adapted.project`'s y without dropout: each layer alone, its update added."""
+    """`adapted.project`'s y for one adapter, without dropout: each layer alone, its update added."""
     plain = [F.linear(x, weight, bias) for weight, bias in layers]
     sums = [
         y if low is None else (y + lowrank(x, low)).to(x.dtype) for y, low in zip(plain, updates, strict=True)
@@ -134,7 +134,7 @@ def cross_entropy_reference(hidden: Tensor, head: Head, rows: Tensor, ids: Tenso
 def decoder_reference(
     x: Tensor, layer: Layer, updates: Updates, rotation: Rotation | None, seen: Tensor
 ) -> Tensor:
-    """`decoder.decoder_layer` without dropout, made of the references above."""
+    """`decoder.decoder_layer` with one adapter for all tokens, without dropout, made of the references above."""
     norms, linears, spec = layer.norms, layer.linears, layer.attention
 
     def normed(tensor: Tensor, norm: Norm | None) -> Tensor:

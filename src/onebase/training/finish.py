@@ -23,10 +23,10 @@ from onebase.errors import BaseMismatch
 from onebase.evaluation import Scores, grouped_references, mean_loss, text_scores
 from onebase.files import write_text
 from onebase.format import TENSORS, read_adapter, write_adapter
-from onebase.injection import base_tensors, injected, with_kinds
+from onebase.injection import injected, with_kinds
 from onebase.layers import base_modules
 from onebase.models.base import Base
-from onebase.models.fingerprint import combined, tensor_digests
+from onebase.models.fingerprint import combined
 from onebase.models.generation import answers
 from onebase.models.scoring import choose, scorer
 from onebase.targets import CoverageRow
@@ -34,6 +34,7 @@ from onebase.tokens import start_rows
 from onebase.training import checkpoint
 from onebase.training.card import model_card
 from onebase.training.curves import draw_curves, save_png
+from onebase.training.distributed import World, base_digests, spread
 from onebase.training.loop import Finished
 from onebase.training.plan import Plan
 from onebase.training.prepare import Prepared
@@ -69,13 +70,21 @@ class Outcome:
     ended: Finished
     digests: Mapping[str, str]  # of the base's tensors before the first step
     hashing: float  # seconds that those took
+    world: World = World()
 
 
 def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunRecord]:
-    """Write the adapter and its reports into the run folder. Raises BaseMismatch if the base has changed."""
+    """Write the adapter and its reports into the run folder. Raises BaseMismatch if the base has changed.
+
+    Of several processes each proves its own base and scores its share, and the first alone answers and writes.
+    """
+    world = outcome.world
     proof = _prove(base, outcome)
+    world.wait()  # for the last checkpoint
     adapter, reason = _chosen(base, folder, outcome)
-    write_adapter(adapter, folder)
+    if world.leads:
+        write_adapter(adapter, folder)
+    world.wait()
     before, after, samples = _compare(base, adapter, outcome)
     record = RunRecord(
         title=folder.name,
@@ -102,13 +111,14 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
         },
         allowed=outcome.ready.allowed,
     )
-    _write_reports(folder, record)
+    if world.leads:
+        _write_reports(folder, record)
     return adapter, record
 
 
 def _prove(base: Base, outcome: Outcome) -> Proof:
     started = time.perf_counter()
-    after = tensor_digests(base_tensors(base.model))
+    after = base_digests(base.model)
     changed = sorted(
         name for name in {**outcome.digests, **after} if outcome.digests.get(name) != after.get(name)
     )
@@ -145,7 +155,10 @@ def _compare(
     """Loss and answers on held-out rows, the plain base's and the adapter's."""
     if not outcome.ready.data.valid_rows.rows:
         return None, None, ()
-    groups = grouped_references(outcome.ready.data.valid)[: outcome.config.samples]
+    # A pass through a sharded base needs all processes.
+    answering = outcome.world.leads or outcome.config.shard_base
+    count = outcome.config.samples if answering else 0
+    groups = grouped_references(outcome.ready.data.valid)[:count]
     base = outcome.ready.words.base
     before, plain = _score(base, _only_new_tokens(base, adapter), groups, outcome)
     after, tuned = _score(base, adapter, groups, outcome)
@@ -171,9 +184,12 @@ def _score(
 ) -> tuple[Score, list[str]]:
     data, config = outcome.ready.data, outcome.config
     with injected(base.model, adapter, "finish"):
-        way = outcome.ready.way if adapter else choose(base, "auto", None)
+        proven = adapter is not None or config.shard_base
+        way = outcome.ready.way if proven else choose(base, "auto", None)
         held_out = data.valid_rows.rows
-        loss, tokens = mean_loss(scorer(base, way, "finish"), held_out, config.optim.batch_size)
+        score = spread(scorer(base, way, "finish"), outcome.world)
+        part, tokens = mean_loss(score, held_out, config.optim.batch_size)
+        loss = outcome.world.total(part)
         if not groups:
             return Score(loss, Scores(loss, tokens).perplexity), []
         longest = max(len(row.ids) for row in data.valid_rows.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from onebase.injection import adapter_dropout, extract
 from onebase.models.scoring import Scorer
 from onebase.training import checkpoint
 from onebase.training.checkpoint import Progress, Snapshot
+from onebase.training.distributed import World
 from onebase.training.optim import lr_factor, optimizer_tensors, set_lr
-from onebase.training.step import check_used, train_step
+from onebase.training.step import Given, StepResult, apply_gradients, check_used, train_step
 
 NAME = "train"  # the adapter's name on the model while it is trained
 
@@ -62,6 +63,13 @@ Event = Stepped | Evaluated | Saved | Finished
 
 
 @dataclass(frozen=True)
+class Due:
+    """A step comes next. Who computes its gradients elsewhere adds them to the parameters' and sends a `Given`."""
+
+    batches: Sequence[Sequence[Encoded]]
+
+
+@dataclass(frozen=True)
 class Session:
     """What does not change during a run."""
 
@@ -77,6 +85,8 @@ class Session:
     folder: Path
     facts: Mapping[str, Any]
     check_unused: bool
+    name: str = NAME  # the adapter's on the model
+    world: World = World()  # of several processes, `score` gives the loss of this one's share
 
     @property
     def epoch_steps(self) -> int:
@@ -95,26 +105,29 @@ def total_steps(rows: int, config: OptimConfig) -> int:
     return min(config.max_steps, by_epochs) if config.max_steps else by_epochs
 
 
-def run_loop(session: Session, progress: Progress, stop: Callable[[], bool]) -> Iterator[Event]:
+def run_loop(
+    session: Session, progress: Progress, stop: Callable[[], bool]
+) -> Generator[Event | Due, Given | None, None]:
     """Train from `progress` on. Once `stop()` is true the step in hand is finished and saved.
 
-    Raises Diverged with the step, the rows and what to try, leaving the last checkpoint as it is.
+    Iterated, it computes each step itself, and each Due may be passed over. Raises Diverged with the step, the rows
+    and what to try, leaving the last checkpoint as it is.
     """
     total, config = session.total_steps, session.config
     if progress.step == 0 and session.valid_rows:
         yield (event := _evaluate(session, progress))
         progress = event.progress
     while progress.step < total and not _given_up(progress, config):
-        event = _step(session, progress)
+        event = yield from _step(session, progress)
         progress = event.progress
         yield event
         if session.valid_rows and _due(progress.step, config.eval_every or session.epoch_steps, total):
             yield (event := _evaluate(session, progress))
             progress = event.progress
-        wanted, early = stop(), _given_up(progress, config)
+        wanted, early = session.world.any(stop()), _given_up(progress, config)
         every = config.save_every or config.eval_every or session.epoch_steps
         if wanted or early or progress.best_step == progress.step or _due(progress.step, every, total):
-            yield Saved(progress, checkpoint.save(session.folder, _snapshot(session, progress), config.keep))
+            yield _save(session, progress)
         if wanted and not early and progress.step < total:
             yield Finished(progress, "interrupted")
             return
@@ -129,8 +142,8 @@ def _due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _step(session: Session, progress: Progress) -> Stepped:
-    started, config = time.perf_counter(), session.config
+def _step(session: Session, progress: Progress) -> Generator[Due, Given | None, Stepped]:
+    config = session.config
     batches = step_rows(
         len(session.train_rows),
         config.batch_size,
@@ -141,9 +154,12 @@ def _step(session: Session, progress: Progress) -> Stepped:
     )
     lr = set_lr(session.optimizer, lr_factor(progress.step, session.total_steps, config))
     rows = [[session.train_rows[index] for index in batch] for batch in batches]
+    session.optimizer.zero_grad(set_to_none=True)
+    session.world.reseed(session.seed, progress.step)
+    given = yield Due(rows)
+    started = time.perf_counter() - (given.seconds if given else 0.0)
     try:
-        with adapter_dropout(session.model):
-            result = train_step(session.score.loss, session.parameters, session.optimizer, rows, config.clip)
+        result = _learn(session, rows, given)
     except Diverged as error:
         numbers = [row.row for batch in rows for row in batch]
         raise Diverged(
@@ -173,6 +189,18 @@ def _step(session: Session, progress: Progress) -> Stepped:
     return Stepped(done, metrics)
 
 
+def _learn(session: Session, rows: Sequence[Sequence[Encoded]], given: Given | None) -> StepResult:
+    """A step of the optimiser, with the gradients that were given or those of these batches."""
+    clip = session.config.clip
+    if given is None:
+        with adapter_dropout(session.model):
+            return train_step(
+                session.score.loss, session.parameters, session.optimizer, rows, clip, session.world
+            )
+    norm = apply_gradients(session.parameters, session.optimizer, given.loss, clip)
+    return StepResult(given.loss, norm, given.targets, sum(len(row.ids) for batch in rows for row in batch))
+
+
 def _advice(session: Session) -> str:
     saved = checkpoint.checkpoints(session.folder)
     last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written before it"
@@ -183,7 +211,8 @@ def _advice(session: Session) -> str:
 
 def _evaluate(session: Session, progress: Progress) -> Evaluated:
     started = time.perf_counter()
-    loss, tokens = mean_loss(session.score, session.valid_rows, session.config.batch_size)
+    part, tokens = mean_loss(session.score, session.valid_rows, session.config.batch_size)
+    loss = session.world.total(part)
     metrics = {
         "kind": "eval",
         "step": progress.step,
@@ -194,6 +223,13 @@ def _evaluate(session: Session, progress: Progress) -> Evaluated:
     return Evaluated(progress.after_eval(loss), metrics)
 
 
+def _save(session: Session, progress: Progress) -> Saved:
+    """A checkpoint, written by the first process alone."""
+    if session.world.leads:
+        checkpoint.save(session.folder, _snapshot(session, progress), session.config.keep)
+    return Saved(progress, checkpoint.folder_of(session.folder, progress.step))
+
+
 def _snapshot(session: Session, progress: Progress) -> Snapshot:
     tensors = optimizer_tensors(session.optimizer, session.parameters) | checkpoint.random_tensors()
-    return Snapshot(extract(session.model, NAME), progress, tensors, session.facts)
+    return Snapshot(extract(session.model, session.name), progress, tensors, session.facts)

@@ -90,20 +90,34 @@ def _embedding(base: Base) -> Any:
     return base.model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
 
 
-def prepare(base: Base, config: TrainConfig) -> Prepared:
-    """Check everything and give what the run needs. Raises the first OnebaseError; nothing is written yet."""
+def prepare(base: Base, config: TrainConfig, data: Data | None = None) -> Prepared:
+    """Check everything and give what the run needs. Raises the first OnebaseError; nothing is written yet.
+
+    `data`: what a run with the same options about rows and tokens and the same seed has read.
+    """
     lora, allowed = config.lora, config.data.allowed
     coverage = match(base.model, lora)
     check_start(lora, coverage.targets, dict(base_modules(base.model)))
     _check_frozen(coverage, config.optim)
     words = resolve_tokens(base, lora.trainable_tokens)  # pyright: ignore[reportArgumentType]
     _check_new_tokens(words, lora)
-    data = read_data(words.base, config.data, config.seed, coverage.full, words.ids)
+    data = data or read_data(words.base, config.data, config.seed, coverage.full, words.ids)
     findings = [*data.summary.findings, *_uneven(coverage)]
     overridden = enforce(findings, allowed)
     _check_sizes(data, lora)
-    way = choose(base, config.optim.engine, _probe(base, coverage, config, words), data.train_rows.rows)
+    way = _way(base, config, _probe(base, coverage, config, words), data)
     return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words)
+
+
+def _way(base: Base, config: TrainConfig, probe: Adapter, data: Data) -> Way:
+    asked = config.optim.engine
+    if not config.shard_base:
+        return choose(base, asked, probe, data.train_rows.rows)
+    if asked == "engine":
+        found = "the engine reads weights where they are, and a sharded base's are in several processes"
+        raise ConfigError("options engine and shard_base", found, hint="use --engine auto")
+    way = choose(base, asked, None)  # without an adapter the engine is no choice
+    return way._replace(reason="the base is sharded") if way.name == "packed" else way
 
 
 def _probe(base: Base, coverage: Coverage, config: TrainConfig, words: Vocabulary) -> Adapter:

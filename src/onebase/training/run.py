@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,23 @@ from onebase.config import TrainConfig, build, flatten
 from onebase.data.pack import prompt_groups
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.files import process_lock, remove, require_writable, write_text
-from onebase.injection import adapter_for, base_tensors, eject, eval_mode, inject, trainable, use
+from onebase.injection import adapter_for, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
-from onebase.models.fingerprint import tensor_digests
 from onebase.models.scoring import Thrift, scorer
 from onebase.training import checkpoint
 from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
+from onebase.training.distributed import World, base_digests, joined, shard, spread
 from onebase.training.finish import Outcome, finish
 from onebase.training.forecast import forecast
 from onebase.training.loggers import open_loggers, require_loggers
-from onebase.training.loop import NAME, Evaluated, Event, Finished, Session, Stepped, run_loop
+from onebase.training.loop import NAME, Due, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
-from onebase.training.prepare import Prepared, prepare
+from onebase.training.prepare import Data, Prepared, prepare
 from onebase.training.record import MetricsFile, RunRecord
 from onebase.training.speed import Prediction
+from onebase.training.step import Given
 
 OPTIONS, METRICS, LOCK = "train.yaml", "metrics.jsonl", ".lock"
 
@@ -53,7 +54,7 @@ TASKS = {"causal": "CAUSAL_LM"}
 
 # What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
 FREE = frozenset(
-    {"resume", "overwrite", "plan", "log", "keep", "samples", "output", "data", "validation", "base", "dtype"}
+    "resume overwrite plan log keep samples output data validation base dtype shard_base".split()
 )
 
 Listener = Callable[[Plan | Event], None]
@@ -82,28 +83,49 @@ def train(
     The output folder gets the adapter (PEFT's format), checkpoints, metrics.jsonl, curves.png, report.html and
     a model card. `listener` gets the Plan and then every Event; once `stop()` is true the step in hand is
     finished and saved. Raises OnebaseError before anything is written if the data, the targets or the base are
-    not right, and Diverged where the loss is not finite.
+    not right, and Diverged where the loss is not finite. Under torchrun all processes train one adapter: the first
+    alone writes and calls `listener`, and `stop` is heard from each (docs/training.md).
     """
     base = options.pop("base", base)  # by position, or by name as any other option
     if base is not None:
         options["base"] = base.ref if isinstance(base, Base) else str(base)
     config = read_config(options)
-    folder = _claim(config)
-    require_loggers(config.log)  # pyright: ignore[reportArgumentType]
-    snapshot = _last(folder) if config.resume else None
-    if not isinstance(base, Base):
-        dtype = snapshot.facts["dtype"] if snapshot else config.dtype
-        base = load_base(config.base, dtype)
-    ready = prepare(base, config)
-    facts = _facts(base, config, ready)
-    if snapshot:
-        _check_same(snapshot.facts, facts)
-    plan = make_plan(base, config, ready)
-    if listener:
-        listener(plan)
-    with process_lock(folder / LOCK, wait=False), torch.random.fork_rng():
-        _open_folder(folder, config)
-        return _train(_Job(base, config, ready, plan, folder, snapshot, facts), listener, stop)
+    with joined() as world:
+        snapshot = claim(config)
+        _check_shard(config, world, base)
+        if not isinstance(base, Base):
+            base = _agreed_base(config, snapshot, world)
+        job = replace(make_job(base, config, snapshot), world=world)
+        # Only once every process has found the folder free does the first one write to it.
+        world.agree({**job.facts, "checkpoint": snapshot.progress.step if snapshot else 0})
+        if not world.leads:
+            with torch.random.fork_rng():
+                return _train(job, None, stop)
+        if listener:
+            listener(job.plan)
+        with process_lock(job.folder / LOCK, wait=False), torch.random.fork_rng():
+            open_folder(job.folder, config)
+            return _train(job, listener, stop)
+
+
+def _check_shard(config: TrainConfig, world: World, base: Base | str | None) -> None:
+    whole = [name for name in ("trainable_tokens", "modules_to_save") if getattr(config.lora, name)]
+    problems = {
+        "there is one process": world.size == 1,
+        "a base that was loaded before would stay in parts": isinstance(base, Base),
+        f"{' and '.join(whole)} need whole weights": bool(whole),
+    }
+    found = "; ".join(problem for problem, applies in problems.items() if applies)
+    if config.shard_base and found:
+        hint = "torchrun --nproc-per-node 2 -m onebase train --shard-base ..., with the base by its name"
+        raise ConfigError("option shard_base", found, hint=hint)
+
+
+def _agreed_base(config: TrainConfig, snapshot: Snapshot | None, world: World) -> Base:
+    """The base in the first process's dtype: a choice by speed may come out otherwise in another process."""
+    first = base_for(config, snapshot) if world.leads else None
+    dtype = world.first_says(first.dtype if first else "")
+    return first or load_base(config.base, dtype)
 
 
 def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
@@ -145,8 +167,22 @@ def _stored_options(folder: Path) -> dict[str, Any]:
         raise FormatError(f"resume {folder}", f"its {OPTIONS} is broken: {error}") from error
 
 
-def _claim(config: TrainConfig) -> Path:
-    """The output folder, if the run may use it; checked first, so that no work is lost."""
+def claim(config: TrainConfig) -> Snapshot | None:
+    """Where a resumed run goes on, None for a new one; an error where the run may not use its folder or loggers.
+
+    Called first, so that no work is lost.
+    """
+    folder = _claimed(config)
+    require_loggers(config.log)  # pyright: ignore[reportArgumentType]
+    return _last(folder) if config.resume else None
+
+
+def base_for(config: TrainConfig, snapshot: Snapshot | None) -> Base:
+    """The run's base; a resumed run's in the dtype that it had."""
+    return load_base(config.base, snapshot.facts["dtype"] if snapshot else config.dtype)
+
+
+def _claimed(config: TrainConfig) -> Path:
     folder = Path(config.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputExists(f"output {folder}", "it is a file")
@@ -195,7 +231,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _open_folder(folder: Path, config: TrainConfig) -> None:
+def open_folder(folder: Path, config: TrainConfig) -> None:
     """Make the folder ready: a run to be overwritten goes, and so does what a kill left half-written."""
     for name in RUN_FILES if config.overwrite else ():
         remove(folder / name)
@@ -206,7 +242,9 @@ def _open_folder(folder: Path, config: TrainConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A run that may start."""
+
     base: Base
     config: TrainConfig
     ready: Prepared
@@ -214,31 +252,52 @@ class _Job:
     folder: Path
     snapshot: Snapshot | None  # where a resumed run goes on
     facts: Mapping[str, Any]
+    name: str = NAME  # the adapter's on the model
+    world: World = World()
 
 
-def _train(job: _Job, listener: Listener | None, stop: Callable[[], bool]) -> Run:
+def make_job(base: Base, config: TrainConfig, snapshot: Snapshot | None, data: Data | None = None) -> Job:
+    """Check everything before the first step; `data` are the run's rows where they have been read already."""
+    ready = prepare(base, config, data)
+    facts = _facts(base, config, ready)
+    if snapshot:
+        _check_same(snapshot.facts, facts)
+    plan = make_plan(base, config, ready)
+    return Job(base, config, ready, plan, Path(config.output).expanduser(), snapshot, facts)
+
+
+def _train(job: Job, listener: Listener | None, stop: Callable[[], bool]) -> Run:
     torch.manual_seed(job.config.seed)
     model = job.base.model
     started = time.perf_counter()
-    digests = tensor_digests(base_tensors(model))
+    digests = base_digests(model)
     hashing = time.perf_counter() - started
-    inject(model, _first_adapter(job), NAME)
+    adapter = first_adapter(job)
+    if job.config.shard_base:
+        shard(model, job.world)
+    inject(model, adapter, job.name)
     try:
-        session = _session(job)
-        progress = job.snapshot.progress if job.snapshot else Progress()
-        with eval_mode(model), use(model, NAME):
-            ended = _drive(session, progress, job.config, listener, stop)
+        with eval_mode(model), use(model, job.name):
+            ended = _to_its_end(drive(job, listener, stop))
     finally:
-        eject(model, [NAME])
+        eject(model, [job.name])
     if ended.reason == "interrupted":
         return Run(job.folder, ended.reason, ended.progress)
     adapter, record = finish(
-        job.base, job.folder, Outcome(job.config, job.ready, job.plan, ended, digests, hashing)
+        job.base, job.folder, Outcome(job.config, job.ready, job.plan, ended, digests, hashing, job.world)
     )
     return Run(job.folder, ended.reason, ended.progress, adapter, record)
 
 
-def _first_adapter(job: _Job) -> Adapter:
+def _to_its_end(driving: Generator[Due, Given | None, Finished]) -> Finished:
+    while True:
+        try:
+            next(driving)
+        except StopIteration as end:
+            return end.value
+
+
+def first_adapter(job: Job) -> Adapter:
     """The checkpoint's adapter in a resumed run, else a fresh one."""
     if job.snapshot:
         return job.snapshot.adapter
@@ -246,15 +305,18 @@ def _first_adapter(job: _Job) -> Adapter:
     origin = Origin(job.base.name, job.base.fingerprint, task, form.as_dict(), tokens=words.new)
     lora = replace(job.config.lora, trainable_tokens=words.names)
     seen = calibrate(job.base, job.config, job.ready)
-    return adapter_for(job.base.model, job.ready.coverage, lora, job.config.seed, origin, seen)
+    adapter = adapter_for(job.base.model, job.ready.coverage, lora, job.config.seed, origin, seen)
+    job.world.copy_first(adapter.tensors().values())
+    return adapter
 
 
-def _session(job: _Job) -> Session:
+def _session(job: Job) -> Session:
     config = job.config
-    parameters = learned(trainable(job.base.model, NAME), config.optim)
+    parameters = learned(trainable(job.base.model, job.name), config.optim)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, config.optim)
+    score = scorer(job.base, job.ready.way, job.name, Thrift(checkpoint=config.optim.recompute))
     if job.snapshot:
         restore_optimizer(optimizer, parameters, job.snapshot.tensors)
         checkpoint.restore_random(job.snapshot.tensors)
@@ -264,33 +326,44 @@ def _session(job: _Job) -> Session:
         optimizer=optimizer,
         train_rows=job.ready.data.train_rows.rows,
         valid_rows=job.ready.data.valid_rows.rows,
-        score=scorer(job.base, job.ready.way, NAME, Thrift(checkpoint=config.optim.recompute)),
+        score=spread(score, job.world),
         groups=prompt_groups(job.ready.data.train_rows.rows) if config.optim.group_prompts else (),
         config=config.optim,
         seed=config.seed,
         folder=job.folder,
         facts=job.facts,
         check_unused="unused-adapter" not in config.data.allowed,
+        name=job.name,
+        world=job.world,
     )
 
 
-def _drive(
-    session: Session,
-    progress: Progress,
-    config: TrainConfig,
-    listener: Listener | None,
-    stop: Callable[[], bool],
-) -> Finished:
-    """Run the loop, writing metrics down and passing events on; gives the last event."""
+def drive(
+    job: Job, listener: Callable[[Event], None] | None, stop: Callable[[], bool]
+) -> Generator[Due, Given | None, Finished]:
+    """Run the loop of a job whose adapter is on the model, writing metrics down and passing events on.
+
+    Stops at each step that is Due, as the loop does, and returns the last event.
+    """
+    session, config = _session(job), job.config
+    progress = job.snapshot.progress if job.snapshot else Progress()
     metrics = MetricsFile(session.folder / METRICS)
-    metrics.truncate_after(progress.step if progress.step else -1)
-    with open_loggers(config.log, session.folder, flatten(config), progress.step + 1) as loggers:  # pyright: ignore[reportArgumentType]
-        for event in run_loop(session, progress, stop):
-            if isinstance(event, Stepped | Evaluated):
+    writes = job.world.leads
+    if writes:
+        metrics.truncate_after(progress.step if progress.step else -1)
+    with open_loggers(
+        config.log if writes else (), session.folder, flatten(config), progress.step + 1
+    ) as loggers:  # pyright: ignore[reportArgumentType]
+        loop, given = run_loop(session, progress, stop), None
+        while True:
+            event, given = loop.send(given), None
+            if isinstance(event, Due):
+                given = yield event
+                continue
+            if writes and isinstance(event, Stepped | Evaluated):
                 metrics.append(event.metrics)
                 loggers.log(event.metrics, event.progress.step)
             if listener:
                 listener(event)
             if isinstance(event, Finished):
                 return event
-    raise AssertionError("the loop ends with Finished")

@@ -11,6 +11,16 @@ from torch import nn
 from onebase.data.template import Encoded
 from onebase.errors import Diverged, TargetError
 from onebase.models.scoring import Loss, loss_tokens
+from onebase.training.distributed import World
+
+
+class Given(NamedTuple):
+    """A step's gradients, which the parameters hold: the mean loss over its targets (nats), their number, and the
+    seconds that this took."""
+
+    loss: float
+    targets: int
+    seconds: float
 
 
 class StepResult(NamedTuple):
@@ -44,17 +54,34 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Sequence[Encoded]],
     clip: float,
+    world: World = World(),  # noqa: B008
 ) -> StepResult:
-    """One step of AdamW. Raises Diverged, before any parameter changes, where loss or gradient is not finite."""
+    """One step of AdamW. Raises Diverged, before any parameter changes, where loss or gradient is not finite.
+
+    Of several processes each calls it with the whole batches and a loss of its own share of their rows.
+    """
     optimizer.zero_grad(set_to_none=True)
-    mean, count = gradients(loss, batches)
+    part, count = gradients(loss, batches)
+    mean = world.total(part)
+    world.sum_gradients(list(parameters.values()))
+    norm = apply_gradients(parameters, optimizer, mean, clip)
+    return StepResult(mean, norm, count, sum(len(row.ids) for rows in batches for row in rows))
+
+
+def apply_gradients(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, mean: float, clip: float
+) -> float:
+    """Let the optimiser use the parameters' gradients; returns their norm before clipping.
+
+    Raises Diverged, before any parameter changes, where the loss or a gradient is not finite.
+    """
     graded = [p for p in parameters.values() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(graded, clip if clip else float("inf"), error_if_nonfinite=False)
     if not torch.isfinite(norm) or mean != mean or abs(mean) == float("inf"):
         optimizer.zero_grad(set_to_none=True)
         raise Diverged("training", f"loss {mean}, gradient norm {float(norm)}")
     optimizer.step()
-    return StepResult(mean, float(norm), count, sum(len(row.ids) for rows in batches for row in rows))
+    return float(norm)
 
 
 def check_used(parameters: Mapping[str, nn.Parameter]) -> None:

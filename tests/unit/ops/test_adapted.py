@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onebase.ops.adapted import Dropout, Linear, project, project_backward
+from onebase.ops.adapted import Dropout, Linear, Share, project, project_backward
 from onebase.ops.lowrank import Factors
 from onebase.ops.reference import project_reference
 from pairs import attached, draw
@@ -48,14 +48,19 @@ def rebuilt(updates, tensors):
     return [low and Factors(next(left), next(left), low.scale) for low in updates]
 
 
+def whole(updates, dropout=None):
+    """One adapter for all rows."""
+    return [Share(0, 11, updates, dropout)]
+
+
 def as_function(layers, updates, dropout=None):
     def forward(x, *tensors):
-        return project(x, layers, rebuilt(updates, tensors), dropout).y
+        return project(x, layers, whole(rebuilt(updates, tensors), dropout)).y
 
     def backward(dy, x, *tensors):
-        lows = rebuilt(updates, tensors)
-        h = project(x, layers, lows, dropout).h
-        found = project_backward(dy, (x, h), layers, lows, dropout, True)
+        shares = whole(rebuilt(updates, tensors), dropout)
+        h = project(x, layers, shares).h
+        found = project_backward(dy, (x, h), layers, shares, True)
         return [found.x, *found.factors]
 
     return attached(forward, backward)
@@ -77,10 +82,10 @@ def test_values_and_gradients_are_the_references(name):
 @torch.no_grad()
 def test_the_input_gradient_is_left_out_where_not_wanted():
     x, layers, updates = case("three with different ranks")
-    done = project(x.detach(), layers, updates, None)
+    done = project(x.detach(), layers, whole(updates))
     dy = torch.ones_like(done.y)
-    short = project_backward(dy, (x.detach(), done.h), layers, updates, None, False)
-    full = project_backward(dy, (x.detach(), done.h), layers, updates, None, True)
+    short = project_backward(dy, (x.detach(), done.h), layers, whole(updates), False)
+    full = project_backward(dy, (x.detach(), done.h), layers, whole(updates), True)
     assert short.x is None
     assert len(short.factors) == 6
     assert all(torch.equal(a, b) for a, b in zip(short.factors, full.factors, strict=True))
@@ -99,7 +104,7 @@ def test_dropout_is_its_masks(rate):
         for n, (layer, low) in enumerate(zip(layers, updates, strict=True))
     ]
     with torch.no_grad():
-        torch.testing.assert_close(project(x, layers, updates, dropout).y, torch.cat(expected, 1))
+        torch.testing.assert_close(project(x, layers, whole(updates, dropout)).y, torch.cat(expected, 1))
 
 
 def test_masks_keep_the_mean_and_differ():
@@ -122,16 +127,16 @@ def test_a_narrow_base_with_wide_factors():
     """The update runs in its own dtype and the sum is rounded once, as on the general path."""
     x, layers, updates = case("three with different ranks", torch.bfloat16, torch.float32)
     x = x.detach()
-    done = project(x, layers, updates, None)
-    assert (done.y.dtype, done.h.dtype) == (torch.bfloat16, torch.float32)
+    done = project(x, layers, whole(updates))
+    assert (done.y.dtype, done.h[0].dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(done.y, project_reference(x, layers, updates))
-    found = project_backward(torch.ones_like(done.y), (x, done.h), layers, updates, None, True)
+    found = project_backward(torch.ones_like(done.y), (x, done.h), layers, whole(updates), True)
     assert found.x.dtype == torch.bfloat16
     assert {gradient.dtype for gradient in found.factors} == {torch.float32}
-    wide = [low._replace(A=low.A.double(), B=low.B.double()) for low in updates]
+    wide = whole([low._replace(A=low.A.double(), B=low.B.double()) for low in updates])
     layers = [Linear(layer.weight.double(), None) for layer in layers]
-    exact = project(x.double(), layers, wide, None)
-    truth = project_backward(torch.ones_like(exact.y), (x.double(), exact.h), layers, wide, None, True)
+    exact = project(x.double(), layers, wide)
+    truth = project_backward(torch.ones_like(exact.y), (x.double(), exact.h), layers, wide, True)
     for gradient, expected in zip(found.factors, truth.factors, strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.x.double(), truth.x, rtol=3e-2, atol=0.2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onebase.ops.adapted import Dropout, Linear
-from onebase.ops.decoder import Attention, Call, Groups, Layer, Norms, decoder_layer
+from onebase.ops.decoder import Attention, Call, Groups, Layer, Norms, Part, decoder_layer
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm
 from onebase.ops.prefix import Scoring, blocks
@@ -92,6 +92,11 @@ def factors_of(updates):
     return [tensor for group in updates for low in group if low for tensor in (low.A, low.B)]
 
 
+def whole(updates, dropout=None):
+    """One adapter for all tokens."""
+    return [Part(0, TOKENS, updates, dropout)]
+
+
 def make_call(layer, window=None, rotated=True, **options):
     angles = torch.tensor([0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1])[:, None] * torch.tensor([1.0, 0.3])
     rotation = Rotation(angles.cos().double(), angles.sin().double()) if rotated else None
@@ -103,7 +108,7 @@ def check(layer, ranks, wants_x=True, window=None, rotated=True, **options):
     updates, call = make_updates(layer, ranks), make_call(layer, window, rotated, **options)
     x = draw(TOKENS, WIDTH).requires_grad_(wants_x)
     inputs = [x] * wants_x + factors_of(updates)
-    ours = decoder_layer(x, call, updates)
+    ours = decoder_layer(x, call, whole(updates))
     plain = decoder_reference(x, layer, updates, call.rotation, visible_in_tree(NODES, window))
     torch.testing.assert_close(ours, plain)
     gradient = draw(TOKENS, WIDTH, seed=4).detach()
@@ -149,14 +154,14 @@ def test_some_layers_adapted_with_and_without_an_input_gradient(kind, ranks, wan
 @pytest.mark.parametrize("dropout", [None, Dropout(0.4, 3)])
 def test_gradcheck(options, dropout):
     layer = make_layer(**options)
-    updates, call = make_updates(layer, ALL), make_call(layer, dropout=dropout)
+    updates, call = make_updates(layer, ALL), make_call(layer)
 
     def run(x, *factors):
         left = iter(factors)
         lows = Groups(
             *(tuple(low and Factors(next(left), next(left), low.scale) for low in group) for group in updates)
         )
-        return decoder_layer(x, call, lows)
+        return decoder_layer(x, call, whole(lows, dropout))
 
     assert torch.autograd.gradcheck(run, [draw(TOKENS, WIDTH), *factors_of(updates)], fast_mode=True)
 
@@ -170,7 +175,7 @@ def test_checkpointing_gives_the_same_bits_and_keeps_less():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t
         ):
-            y = decoder_layer(x, make_call(layer, checkpoint=checkpoint, dropout=Dropout(0.5, 1)), updates)
+            y = decoder_layer(x, make_call(layer, checkpoint=checkpoint), whole(updates, Dropout(0.5, 1)))
         found.append([y, *torch.autograd.grad(y.sum(), [x, *factors_of(updates)])])
         kept.append(sum(saved))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -180,14 +185,14 @@ def test_checkpointing_gives_the_same_bits_and_keeps_less():
 
 def test_a_layer_without_any_gradient_keeps_nothing():
     layer = make_layer()
-    y = decoder_layer(draw(TOKENS, WIDTH).detach(), make_call(layer), make_updates(layer, NONE))
+    y = decoder_layer(draw(TOKENS, WIDTH).detach(), make_call(layer), whole(make_updates(layer, NONE)))
     assert y.grad_fn is None
 
 
 def test_a_second_backward_is_refused():
     layer = make_layer()
     x = draw(TOKENS, WIDTH)
-    loss = decoder_layer(x, make_call(layer), make_updates(layer, ALL)).sum()
+    loss = decoder_layer(x, make_call(layer), whole(make_updates(layer, ALL))).sum()
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a claim, each printing ours, the peer's and the ratio from one run."""

@@ -1,0 +1,1 @@
+"""Serving: many adapters over one base, continuously batched; knows nothing of training."""
