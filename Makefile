@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check lint types fast clean
+.PHONY: setup demo test check lint types fast bench clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,15 @@ types: setup
 
 fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+
+# Hours on an idle machine; see benchmarks/common.py. One alone: .venv/bin/python -m benchmarks.NAME
+BENCHMARKS := train_throughput shared_prefix train_memory cold_start joint_training time_to_quality plan_error \
+	variants merge unmerge_drift combine llama_parity
+
+bench: setup
+	-$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	@failed=; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -241,7 +241,7 @@ def show(title: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> None
 def checked(name: str, *gates: Gate) -> tuple[Gate, ...]:
     """Print the gates. Where one fails the benchmark ends here: exit code 1, and a last line without a ratio."""
     for gate in gates:
-        told = f"{gate.value:.1e}, at most {gate.limit:g}: {'passed' if gate.passed else 'FAILED'}"
+        told = f"{gate.value:.3g}, at most {gate.limit:g}: {'passed' if gate.passed else 'FAILED'}"
         print(f"gate: {gate.what}: {told}", flush=True)
     if not all(gate.passed for gate in gates):
         print(Result(name, {}, {}, {}, {}, gates, 0).line())

@@ -1,8 +1,8 @@
 """How far `onebase train --plan` is from the time that the run then takes: three settings, error in percent.
 
 Each setting is planned in a fresh process and then run in another. Measured is what the plan foresees: the seconds of
-all optimiser steps and evaluations, from metrics.jsonl. Settings differ in rank, length of the rows and batch size; long
-rows are several of E2E's in one. The gate: the run was the one that was planned, step for step.
+all optimiser steps and evaluations, from metrics.jsonl. Settings differ in rank, length of the rows and batch size;
+long rows are several of E2E's in one. The gate: the run was the one that was planned, step for step.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def main(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    made = options(parser(__doc__, runs=3, sides=tuple(SIDES)))
-    made.set_defaults(steps=12)
+    made = options(parser(__doc__, runs=3, sides=tuple(SIDES)), without=("steps", "batch-size"))
+    made.add_argument("--steps", type=int, default=12, help="optimiser steps of a run (default: 12)")
     made.add_argument("--rows", type=int, default=200, help="rows to train on and hold out (default: 200)")
     made.add_argument("--work", help=argparse.SUPPRESS)
     arguments = made.parse_args()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-from benchmarks import workload
-from benchmarks.common import Result, alternate, conclude, in_fresh_process, medians, parser, show
-from benchmarks.workload import KEPT, gates, options, prepare, shuffled
+from benchmarks.common import Result, alternate, conclude, medians, parser, show
+from benchmarks.sides import KEPT, gates, run_side
+from benchmarks.workload import options, prepare, shuffled
 
 NAME = "train_memory"
 OURS, SAVING, PEER = "ours", "ours_recompute", "peft"
@@ -24,11 +24,8 @@ def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(given, folder, shuffled)
         passed = gates(NAME, place, OURS) + gates(NAME, place, SAVING)
-        runs = alternate(
-            given.runs,
-            lambda side: in_fresh_process(workload.__file__, side, "--work", *place, "memory"),
-            (OURS, SAVING, PEER, "peft_tuned", PEER + KEPT),
-        )
+        sides = (OURS, SAVING, PEER, "peft_tuned", PEER + KEPT)
+        runs = alternate(given.runs, lambda side: run_side(side, place, "memory"), sides)
     found = {side: medians(numbers) for side, numbers in runs.items()}
     rows = [(side, f"{one['memory']:.0f}", f"{one['step_s']:.2f}") for side, one in found.items()]
     title = (

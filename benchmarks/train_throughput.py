@@ -14,9 +14,9 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from benchmarks import workload
-from benchmarks.common import Result, alternate, conclude, in_fresh_process, medians, parser, show
-from benchmarks.workload import KEPT, Order, gates, options, prepare, shuffled
+from benchmarks.common import Result, alternate, conclude, medians, parser, show
+from benchmarks.sides import KEPT, gates, run_side
+from benchmarks.workload import Order, options, prepare, shuffled
 
 NAME = "train_throughput"
 PEERS = ("peft", "peft_tuned", "trl")
@@ -37,11 +37,7 @@ def compare_speed(
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(given, folder, order)
         passed = gates(name, place, own)
-        runs = alternate(
-            given.runs,
-            lambda side: in_fresh_process(workload.__file__, side, "--work", *place, "speed"),
-            (own, *peers),
-        )
+        runs = alternate(given.runs, lambda side: run_side(side, place, "speed"), (own, *peers))
     found = {side: medians(numbers) for side, numbers in runs.items()}
     ours = found[own]
     rows = [

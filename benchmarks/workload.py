@@ -1,7 +1,6 @@
 """The work that the training benchmarks share: rows as token ids, an adapter to start from, and each side's loop.
 
-`python -m benchmarks.workload --side SIDE --work BASE FOLDER DTYPE TASK` is one side in a fresh process; the benchmarks
-call it.
+`sides.py` runs one of them in a fresh process.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.common import Gate, Numbers, checked, in_fresh_process, measured, peak_resident
 from onebase.adapter import Adapter, Origin
-from onebase.cli.bench import Bound, matrix_bound
 from onebase.config import DataConfig, LoraConfig
 from onebase.data.read import read_examples
 from onebase.data.template import Encoded, encode
@@ -34,25 +30,29 @@ from onebase.injection import inject, new_adapter, trainable
 from onebase.models.base import Base, load_base, locate_base
 from onebase.models.engine import engine_problem
 from onebase.models.scoring import Thrift, Way, loss_tokens, scorer
-from onebase.targets import match
-from onebase.training.work import load_of, read_decoder
 
 BASE = "smollm2-135m"
 DATA = "../shared/data/e2e/valid.jsonl"
 RANK, ALPHA, LR, CLIP = 8, 16.0, 5e-4, 1.0
-WARM_UP, COMPARED = 2, 5  # steps that are not timed, and those whose losses must agree
+WARM_UP = 2  # steps that are not timed
 # How far loss and gradients may be from PEFT's, relative; in bfloat16 what rounding makes of them.
 EXACT = {"float32": (1e-5, 1e-4), "bfloat16": (3e-2, 3e-1)}
-BOUND_SECONDS = 12.0  # what measuring the matrix products may take
 
 
-def options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What every training benchmark can be told."""
-    made.add_argument("--base", default=BASE, help=f"base model (default: {BASE})")
-    made.add_argument("--data", default=DATA, help=f"rows with prompt and completion (default: {DATA})")
-    made.add_argument("--steps", type=int, default=6, help="optimiser steps that are timed (default: 6)")
-    made.add_argument("--batch-size", type=int, default=16, help="rows in a batch (default: 16)")
-    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="the base's dtype")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "base": {"default": BASE, "help": f"base model (default: {BASE})"},
+    "data": {"default": DATA, "help": f"rows with prompt and completion (default: {DATA})"},
+    "steps": {"type": int, "default": 6, "help": "optimiser steps that are timed (default: 6)"},
+    "batch-size": {"type": int, "default": 16, "help": "rows in a batch (default: 16)"},
+    "dtype": {"default": "float32", "choices": ("float32", "bfloat16"), "help": "the base's dtype"},
+}
+
+
+def options(made: argparse.ArgumentParser, without: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """What the training benchmarks can be told; `without` what this one does not read."""
+    for name, told in OPTIONS.items():
+        if name not in without:
+            made.add_argument(f"--{name}", **told)
     return made
 
 
@@ -138,7 +138,8 @@ def peft_work(folder: str | Path, adapter: str | Path, dtype: str, tuned: bool) 
 
 
 def open_plain(folder: str | Path, dtype: str) -> nn.Module:
-    """The base as transformers opens it."""
+    """The base as transformers opens it, and PEFT loaded, so that what its import takes is not the training's."""
+    importlib.import_module("peft")
     from transformers import AutoModelForCausalLM
 
     warnings.simplefilter("ignore")
@@ -233,7 +234,7 @@ def open_base(name: str, dtype: str) -> Base:
     return load_base(name, dtype)
 
 
-# -- Sides: what a benchmark runs in fresh processes.
+# -- Where a side in a fresh process finds its work.
 
 
 class Place(NamedTuple):
@@ -269,146 +270,3 @@ def prepare(given: argparse.Namespace, folder: str, order: Order) -> Place:
 
 def read_batches(place: Place) -> list[list[Encoded]]:
     return [[Encoded(*row) for row in batch] for batch in json.loads(place.batches.read_text())]
-
-
-class Side(NamedTuple):
-    """How a side opens the base, and what it then makes of it to train."""
-
-    open: Callable[[Place], Any]
-    start: Callable[[Any, Place], Work]
-    bucketed: bool = False  # whether it batches the timed rows by length
-    share: bool = False
-
-
-def _ours(share: bool = False, recompute: bool = False) -> Side:
-    return Side(
-        lambda place: open_base(place.base, place.dtype),
-        lambda base, place: our_work(base, place.adapter, share, recompute),
-        share=share,
-    )
-
-
-def _peft(tuned: bool) -> Side:
-    return Side(
-        lambda place: open_plain(place.base, place.dtype),
-        lambda model, place: on_peft(model, place.adapter, tuned),
-        tuned,
-    )
-
-
-WORKS = {
-    "ours": _ours(),
-    "ours_shared": _ours(share=True),
-    "ours_recompute": _ours(recompute=True),
-    "peft": _peft(tuned=False),
-    "peft_tuned": _peft(tuned=True),
-}
-KEPT = "_kept"  # behind a peer's name: under our allocator settings, which our own sides always have
-TRL = "trl"  # its trainer has its own loop
-
-
-def speed(side: str, place: Place) -> Numbers:
-    """Tokens a second that are not padding, seconds a step (median), and the process's peak memory in MB."""
-    batches = read_batches(place)
-    warm, timed = batches[:WARM_UP], batches[WARM_UP:]
-    if side == TRL:
-        from benchmarks.trl_trainer import step_times
-
-        rows = [row for batch in batches for row in batch]
-        return _speed(*step_times(place, rows, len(batches[0]), (RANK, ALPHA)))
-    how = WORKS[side]
-    work = how.start(how.open(place), place)
-    timed = bucketed(timed) if how.bucketed else timed
-    seconds = [took for _, took in train(work, [*warm, *timed])]
-    found = _speed(seconds, [tokens([batch]) for batch in [*warm, *timed]])
-    return {**found, **_bound(work.base, timed, how.share)} if work.base else found
-
-
-def _speed(seconds: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    timed = slice(WARM_UP, None)
-    return {
-        "tokens_s": sum(counts[timed]) / sum(seconds[timed]),
-        "step_s": statistics.median(seconds[timed]),
-        "peak_mb": peak_resident(),
-    }
-
-
-def _bound(base: Base, batches: Sequence[Sequence[Encoded]], share: bool) -> Numbers:
-    """What the matrix products allow in tokens a second, and GFLOP/s by their shape: rows x inner x columns."""
-    decoder = read_decoder(base.model, match(base.model, LoraConfig(rank=RANK, alpha=ALPHA)))
-    if decoder is None:
-        return {}
-    loads = [load_of(batch, share) for batch in batches]
-    dtype = getattr(torch, base.dtype)
-    found: Bound = matrix_bound(decoder, loads, dtype, base.device, BOUND_SECONDS)
-    once = tokens(batches) / sum(load.tokens for load in loads)  # above 1 where prompts are shared
-    shapes = {
-        f"GFLOP/s {one.rows} x {one.inner} x {one.columns}{' added' * one.added}": flops / 1e9
-        for one, flops in found.shapes.items()
-    }
-    return {"bound": found.tokens * once, "each": found.each * once, "gflops": found.flops / 1e9, **shapes}
-
-
-def memory(side: str, place: Place) -> Numbers:
-    """Peak resident MB of training above what the opened base takes, and seconds a step (median)."""
-    how, batches = WORKS[side], read_batches(place)
-    opened = how.open(place)
-    model = opened.model if isinstance(opened, Base) else opened
-    for parameter in model.parameters():
-        parameter.sum()  # mapped weights become resident: they are the base's, not the training's
-    with measured() as found:
-        work = how.start(opened, place)
-        seconds = [took for _, took in train(work, batches)]
-    return {"memory": found["memory"], "step_s": statistics.median(seconds[WARM_UP:])}
-
-
-def compare(side: str, place: Place) -> Numbers:
-    """The losses of the first steps; the first batch's gradients go into a file."""
-    how, batches = WORKS[side], read_batches(place)[:COMPARED]
-    work = how.start(how.open(place), place)
-    save_file(
-        {name: gradient.contiguous() for name, gradient in gradients(work, batches[0]).items()},
-        Path(place.folder) / f"{side}.safetensors",
-    )
-    return {str(number): loss for number, (loss, _) in enumerate(train(work, batches))}
-
-
-def gates(name: str, place: Place, side: str = "ours") -> tuple[Gate, ...]:
-    """Losses of the first steps and gradients of the first batch against PEFT's plain loop, before anything is timed.
-
-    Ends the benchmark where they are not equal.
-    """
-    sides = (side, "peft")
-    ours, theirs = (in_fresh_process(__file__, one, "--work", *place, "compare") for one in sides)
-    loss = max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
-    mine, other = (load_file(Path(place.folder) / f"{one}.safetensors") for one in sides)
-    whole = sum(float(gradient.square().sum()) for gradient in other.values()) ** 0.5
-    if mine.keys() != other.keys():
-        raise SystemExit(f"{name}: the sides train different parameters")
-    gradient = max(  # a gradient that is next to nothing beside the whole is compared with a part of that
-        float((mine[key] - other[key]).norm()) / max(float(other[key].norm()), 1e-3 * whole) for key in other
-    )
-    losses, slopes = EXACT[place.dtype]
-    return checked(
-        name,
-        Gate(f"largest relative difference of the loss from PEFT's in {len(theirs)} steps", loss, losses),
-        Gate("largest relative difference of a gradient from PEFT's", gradient, slopes),
-    )
-
-
-TASKS = {"speed": speed, "memory": memory, "compare": compare}
-
-
-def main(given: argparse.Namespace) -> None:
-    *place, task = given.work
-    side = given.side.removesuffix(KEPT)
-    if side != given.side or side.startswith("ours"):
-        keep_pages()
-    print(json.dumps(TASKS[task](side, Place(*place))))
-
-
-if __name__ == "__main__":
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--side", required=True, help=", ".join([*WORKS, TRL]) + f"; {KEPT}: our allocator's")
-    made.add_argument("--work", nargs=4, required=True, help=f"base, folder, dtype, {' or '.join(TASKS)}")
-    main(made.parse_args())

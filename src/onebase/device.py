@@ -96,6 +96,24 @@ def peak_memory(device: str | torch.device = "cpu") -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take: Linux's own estimate, within a container's limit; else half of all."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return total // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (
+            (group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current")
+        )
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
 def machine() -> dict[str, Any]:
     """Facts about this machine for reports: what a reader needs to compare two runs' speed."""
     return {

@@ -21,9 +21,9 @@ SOURCE = ROOT / "src" / "onebase"
 
 # Every module, from the bottom up. A module imports only from modules before it.
 ORDER = """
-    errors  files  options  config  device
+    errors  files  options  config  grid  device
     ops.lowrank  ops.norms  ops.gates  ops.rotary  ops.prefix  ops.adapted  ops.cross_entropy  ops.decoder
-    ops.reference  ops.attention
+    ops.reference  ops.attention  ops.grouped
     adapter  kinds  patterns  variants  layers  targets  tokens  fitting  injection  calibration
     peft_tokens  peft_config  peft_tensors  shards  format  combining  arithmetic  merge  merge_files  export
     data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.preview
@@ -36,10 +36,12 @@ ORDER = """
     training.record  training.curves  training.report  training.card  training.loggers
     training.distributed  training.optim  training.step  training.checkpoint  training.loop
     training.work  training.speed  training.prepare  training.calibrate  training.plan  training.forecast
-    training.finish  training.run
+    training.finish  training.run  training.sweep
+    serve.request  serve.scheduler  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights  serve.runner
+    serve.fallback  serve.proof  serve.engine  serve.worker
     demo  demo.make_data
-    cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.preview  cli.generate  cli.chat  cli.evaluate
-    cli.inspect  cli.demo  cli.merge  cli.combine  cli.export  cli.pictures  cli.doctor  cli.compare
+    cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.sweep  cli.preview  cli.generate  cli.chat
+    cli.evaluate  cli.inspect  cli.demo  cli.merge  cli.combine  cli.export  cli.pictures  cli.doctor  cli.compare
     cli.bench  cli.parser  cli.main
     __main__
 """.split()
@@ -127,7 +129,7 @@ def modules() -> dict[str, Module]:
 
 
 MODULES = modules()
-FACADES = {"__init__", "ops", "data", "diagnosis", "models", "training", "cli"} & MODULES.keys()
+FACADES = {"__init__", "ops", "data", "diagnosis", "models", "training", "serve", "cli"} & MODULES.keys()
 
 
 def test_every_module_has_its_place_in_the_order():

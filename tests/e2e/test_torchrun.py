@@ -22,7 +22,7 @@ pytestmark = [
 
 FLAGS = (
     "--base base --data rows.jsonl --dtype float32 --rank 4 --lr 0.01 --holdout 4 --samples 1 --batch-size 4 "
-    "--accumulate 2 --epochs 100 --save-every 2 --eval-every 4"
+    "--accumulate 2 --epochs 100 --save-every 2 --eval-every 4 --eps 1e-3"  # AdamW then widens no rounding
 ).split()
 PATIENCE = 180  # seconds until a process that does not move fails the test
 
@@ -71,7 +71,7 @@ def tensors(run: Path):
 
 
 def assert_near(run: Path, expected: Path):
-    """The same run but for rounding: float32 losses to 1e-6, which AdamW widens in what it divides by."""
+    """The same run but for rounding: losses to 1e-6 in float32, gradient norms to 1e-5, tensors to 5e-6."""
     for one, other in zip(metrics(run), metrics(expected), strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
@@ -79,7 +79,7 @@ def assert_near(run: Path, expected: Path):
     mine, theirs = tensors(run), tensors(expected)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
-        assert (tensor - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+        assert (tensor - theirs[name]).norm() <= 5e-6 * theirs[name].norm(), name
 
 
 def near(value):
@@ -164,9 +164,14 @@ def test_a_killed_process_ends_the_others_and_one_process_can_go_on(world):
     assert not (run / "run.json").exists()
     whole(world, 1, "killed", "--resume")
     expected, _ = whole(world, 1, "expected", *flags)
-    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(expected)]
     for one, other in zip(metrics(run), metrics(expected), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        for name in {*one} - {
+            "loss",
+            "grad_norm",
+        }:  # step, learning rate, tokens: the place in data and schedule
+            assert one[name] == other[name]
+        # Rounding grows as training goes on.
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5 if one["step"] <= 20 else 1e-2)
 
 
 @pytest.mark.parametrize(

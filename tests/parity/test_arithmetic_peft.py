@@ -2,17 +2,22 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 from adapters import every_kind, options_for, trained
+from merges import stirred
+from onebase.adapter import Origin
 from onebase.arithmetic import combine
 from onebase.config import LoraConfig, Recipe
 from onebase.format import load_adapter, save_adapter
-from onebase.injection import injected
+from onebase.injection import injected, new_adapter
 from onebase.models.base import wrap_base
+from onebase.ops.lowrank import update
 from tiny import output, some_ids, tiny
 
 WEIGHTS = (0.7, -0.4)
@@ -102,6 +107,19 @@ def test_other_ranks_and_targets(case, tmp_path):
     pair = [trained(model, LoraConfig(**one), seed) for seed, one in enumerate(options)]
     ours = combine(pair, WEIGHTS, CASES[case])
     assert_same(model, ours, peft_combines(model, pair, WEIGHTS, CASES[case], tmp_path))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dare")])
+def test_convolutions(case, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 5)).requires_grad_(False)
+    config = LoraConfig(rank=2, alpha=3, target_modules=["0", "2"])
+    pair = [stirred(new_adapter(model, config, 0, Origin(task="")), seed) for seed in (1, 2)]
+    recipe = replace(CASES[case], rank=min(CASES[case].rank, 3))
+    theirs = peft_combines(model, pair, WEIGHTS, recipe, tmp_path)
+    for path, low in combine(pair, WEIGHTS, recipe).lowrank.items():
+        delta = theirs.base_model.model.get_submodule(path).get_delta_weight("both").flatten(1)
+        torch.testing.assert_close(update(low.factors), delta, rtol=1e-5, atol=1e-5)
 
 
 def test_peft_reads_the_result(tmp_path):

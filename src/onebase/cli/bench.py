@@ -115,13 +115,13 @@ def run(options: dict[str, Any]) -> int:
 
 def _task(base: Base, config: BenchConfig) -> _Task:
     """The demo's rows in the order of a run, and an adapter whose B is away from 0, so that all of it takes part."""
-    data = DataConfig(holdout=0, overlong="drop")
+    data = DataConfig(holdout=0, overlong="truncate")
     examples = read_examples(str(read_demo()), data)
-    rows = encode(tokenizer_of(base), examples, data, base.stop_ids, base.context).rows
+    encoded = encode(tokenizer_of(base), examples, data, base.stop_ids, base.context).rows
+    rows = [row for row in encoded if loss_tokens([row])]
     if not rows:
-        raise BaseError(
-            f"base {base.ref}", f"its context of {base.context} tokens holds none of the demo's rows"
-        )
+        found = f"its context of {base.context} tokens ends before the demo's answers begin"
+        raise BaseError(f"bench on {base.ref}", found)
     steps = range(WARM_UP + config.steps)
     batches = [step_rows(len(rows), config.batch_size, 1, 0, step)[0] for step in steps]
     lora = LoraConfig(rank=config.rank, alpha=2.0 * config.rank)

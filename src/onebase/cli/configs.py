@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onebase.config import DataConfig, Recipe, Sampling
+from onebase.config import DataConfig, Recipe, Sampling, TrainConfig
 from onebase.errors import ConfigError
+from onebase.grid import swept_options
 from onebase.options import assign, names, opt, require
 
 
@@ -113,6 +114,13 @@ class CompareConfig:
         assign(self, adapters=names(given))
         require("answers", self.answers, self.answers >= 0, "0 or more")
         require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+
+
+# `onebase sweep`: the options of `train`, those that may vary as text.
+SweepConfig = swept_options(
+    TrainConfig(),
+    together=opt(0, "runs that train at once (0: as many as the plan's estimate of memory allows)"),
+)
 
 
 @dataclass(frozen=True)

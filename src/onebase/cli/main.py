@@ -33,6 +33,12 @@ COMMANDS: dict[str, Command] = {
         "train an adapter on your rows; the base stays as it is",
         "onebase train --data rows.jsonl --output runs/first --rank 8",
     ),
+    "sweep": Command(
+        configs.SweepConfig,
+        "sweep",
+        "train a grid of adapters at once on one base: several values, with commas, for rank, lr, seed and others",
+        "onebase sweep --data rows.jsonl --output runs/sweep --rank 4,8,16 --lr 1e-4,5e-4",
+    ),
     "preview": Command(
         configs.PreviewConfig,
         "preview",

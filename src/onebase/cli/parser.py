@@ -17,9 +17,10 @@ import yaml
 
 from onebase.config import build, flatten
 from onebase.errors import ConfigError, MissingFile, nearest
+from onebase.grid import Values
 from onebase.options import flat_options
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", str | list[str]: "NAMES"}
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", str | list[str]: "NAMES", Values: "VALUES"}
 SWITCH = {True: "on", False: "off"}
 
 

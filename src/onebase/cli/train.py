@@ -24,7 +24,7 @@ def run(options: dict[str, Any]) -> int:
         if leads:
             print_plan(*foresee(options))
         return 0
-    with TrainingScreen() as screen, _stoppable() as stop:
+    with TrainingScreen() as screen, stoppable() as stop:
         result = train(None, screen, lambda: bool(stop), **options)
     if not leads:
         return 0 if result.record else 130
@@ -40,7 +40,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _stoppable() -> Generator[list[int]]:
+def stoppable() -> Generator[list[int]]:
     """A list that gets an entry on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
     asked: list[int] = []
 

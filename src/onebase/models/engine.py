@@ -154,8 +154,9 @@ def engine_problem(model: nn.Module, name: str, text: Sequence[int] = ()) -> str
 
     The model's modules must be known, and on a few rows, two of which share a prefix, the engine's loss and its
     gradients must be those of the model's own forward, row by row. The rows' tokens come from `text`, or are random:
-    on these a trained model is so sensitive that in bfloat16 its own rounding hides what is compared. Nothing is changed. Raises what the model's
-    own forward raises, if it does. Call it with the attention implementation that the model came with.
+    on these a trained model is so sensitive that in bfloat16 its own rounding hides what is compared. Nothing is
+    changed. Raises what the model's own forward raises, if it does. Call it with the attention implementation that
+    the model came with.
     """
     try:
         engine = Engine(model, name)

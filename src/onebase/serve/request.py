@@ -128,6 +128,6 @@ class Stats:
     prompt_tokens: int = 0
     reused_tokens: int = 0  # prompt tokens whose keys and values were there already
     new_tokens: int = 0
-    requests: dict[str, int] = field(default_factory=dict[str, int])  # finished, by adapter ("" is the base)
+    requests: dict[str, int] = field(default_factory=dict[str, int])  # over, by adapter ("": the base)
     adapter_loads: int = 0
     adapter_hits: int = 0  # an adapter was in memory when a request needed it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -92,15 +92,24 @@ def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
     base's dtype and for A in float32, and three float32 copies of the logits where there is loss. What the
     allocator and oneDNN's cache of shapes keep on top in a long run is not counted (docs/LOG.md).
     """
-    weights = sum(parameter.nbytes for parameter in base.model.parameters())
     size = next(base.model.parameters()).element_size()
     kept = sum(sum(KINDS["linear"].shape(m)) for m in _linears(base.model))
     tokens, losses = batch
     head = output_head(base.model)
     vocabulary = KINDS[kind].shape(head)[1] if head is not None and (kind := kind_of(head)) else 0
-    return (
-        _RUNTIME + weights + 16 * trainable + tokens * kept * (size + 4) + losses * vocabulary * (size + 12)
-    )
+    activations = tokens * kept * (size + 4) + losses * vocabulary * (size + 12)
+    return shared_memory(base) + 16 * trainable + activations
+
+
+def shared_memory(base: Base) -> int:
+    """The part of a plan's memory that runs on the same base, in one process, have in common."""
+    return _RUNTIME + sum(parameter.nbytes for parameter in base.model.parameters())
+
+
+def memory_together(base: Base, plans: Sequence[Plan]) -> int:
+    """The plans' memory in one process, at the same time."""
+    shared = shared_memory(base)
+    return shared + sum(plan.memory - shared for plan in plans)
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:

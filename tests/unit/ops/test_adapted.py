@@ -107,6 +107,30 @@ def test_dropout_is_its_masks(rate):
         torch.testing.assert_close(project(x, layers, whole(updates, dropout)).y, torch.cat(expected, 1))
 
 
+def test_each_share_has_its_rows_and_the_others_none():
+    """Two adapters of other ranks and targets, and rows of neither, against each stretch of rows alone."""
+    x, layers, updates = case("three with different ranks")
+    other = [None, case("some adapted")[2][1]._replace(A=draw(5, 7, seed=40), B=draw(3, 5, seed=41)), None]
+    shares = [Share(0, 4, updates), Share(6, 11, other, Dropout(0.3, 9))]
+    spans = [(0, 4, updates, None), (4, 6, [None] * 3, None), (6, 11, other, shares[1].dropout)]
+    gradient = draw(11, 15, seed=3).detach()
+    with torch.no_grad():
+        done = project(x, layers, shares)
+        found = project_backward(gradient, (x, done.h), layers, shares, True)
+        alone = []
+        for start, stop, lows, dropout in spans:
+            own = [Share(0, stop - start, lows, dropout)]
+            part = project(x[start:stop], layers, own)
+            back = project_backward(gradient[start:stop], (x[start:stop], part.h), layers, own, True)
+            alone.append((part.y, back))
+    torch.testing.assert_close(done.y, torch.cat([y for y, _ in alone]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.x, torch.cat([back.x for _, back in alone]), rtol=1e-12, atol=1e-12)
+    expected = [factor for _, back in alone for factor in back.factors]
+    assert len(expected) == len(found.factors) == 8
+    for one, two in zip(found.factors, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
 def test_masks_keep_the_mean_and_differ():
     like = torch.zeros(200, 300)
     first, second = (Dropout(0.3, 1).mask(like, number) for number in (0, 1))

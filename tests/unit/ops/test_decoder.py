@@ -166,6 +166,42 @@ def test_gradcheck(options, dropout):
     assert torch.autograd.gradcheck(run, [draw(TOKENS, WIDTH), *factors_of(updates)], fast_mode=True)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_parts_are_their_tokens_alone(options, checkpoint):
+    """The first tree with one adapter, the second with another of other ranks and places."""
+    layer = make_layer(**options)
+    call = make_call(layer, checkpoint=checkpoint)
+    ranks = Groups((0, 1, 0)[: len(layer.linears.qkv)], (3,), (0, 2)[: len(layer.linears.gate_up)], (0,))
+    parts = [Part(0, 9, make_updates(layer, ALL)), Part(9, 11, make_updates(layer, ranks))]
+    x, gradient = draw(TOKENS, WIDTH), draw(TOKENS, WIDTH, seed=4).detach()
+    seen = visible_in_tree(NODES, None)
+    together = decoder_layer(x, call, parts)
+    for part in parts:
+        inputs, rows = factors_of(part.updates), slice(part.start, part.stop)
+        alone = decoder_reference(x, layer, part.updates, call.rotation, seen)
+        torch.testing.assert_close(together[rows], alone[rows])
+        expected = torch.autograd.grad(alone[rows], [x, *inputs], gradient[rows])
+        found = torch.autograd.grad(together, [x, *inputs], gradient, retain_graph=not checkpoint)
+        torch.testing.assert_close(found[0][rows], expected[0][rows], rtol=1e-9, atol=1e-11)
+        for one, other in zip(found[1:], expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        together = decoder_layer(x, call, parts)
+
+
+def test_tokens_in_no_part_run_without_an_adapter():
+    layer = make_layer()
+    x, call, seen = draw(TOKENS, WIDTH), make_call(layer), visible_in_tree(NODES, None)
+    plain = decoder_reference(x, layer, make_updates(layer, NONE), call.rotation, seen)
+    ours = decoder_layer(x, call, [])
+    torch.testing.assert_close(ours, plain)
+    one, other = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, plain))
+    torch.testing.assert_close(one, other)
+    some = decoder_layer(x, call, [Part(0, 9, make_updates(layer, ALL))])
+    torch.testing.assert_close(some[9:], plain[9:])
+    assert not torch.allclose(some[:9], plain[:9])
+
+
 def test_checkpointing_gives_the_same_bits_and_keeps_less():
     layer = make_layer(norms="both", head_norms="head")
     x, updates = draw(TOKENS, WIDTH), make_updates(layer, ALL)

@@ -1,0 +1,272 @@
+"""The adapters that can be served: a folder of them and those loaded by name, in memory only while there is room."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onebase.adapter import Adapter, LowRank, Origin, TokenRows
+from onebase.config import LoraConfig
+from onebase.errors import AdapterNameError, ConfigError, FormatError, MissingFile, OnebaseError, nearest
+from onebase.format import CONFIG, SIDECAR, TENSORS, HasModel, load_adapter
+from onebase.serve.request import NoRoom, UnknownAdapter
+
+Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, when it was changed, its size, its inode
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An adapter that was proved to fit the base. A changed one is registered anew, as another version."""
+
+    name: str
+    path: Path
+    version: int  # no two registrations have the same
+    stamp: Stamp
+    found: bool  # in the pool's folder, by `refresh`
+    config: LoraConfig
+    origin: Origin
+    modules: int
+    parameters: int
+    bytes: int  # in memory
+
+
+@dataclass(eq=False)
+class Pinned:
+    """An adapter in memory. It stays there while it has users, whatever becomes of its files or its name."""
+
+    name: str
+    version: int
+    adapter: Adapter
+    bytes: int
+    users: int = 0
+    used: int = 0  # when last; the pool counts
+
+    @property
+    def key(self) -> object:
+        """Tells this version of this adapter from all others."""
+        return self.name, self.version
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What there is to say of a registered adapter, and whether it is in memory and in use."""
+
+    registered: Registered
+    loaded: bool
+    users: int
+
+
+class AdapterPool:
+    """Adapters by name, for one base. Its methods may be called from any thread; one thread alone acquires.
+
+    `folder` is searched by `refresh`; adapters are loaded from inside it only (None: from anywhere). `budget`: bytes
+    that the adapters in memory may take, 0 for no limit; those without users make room, least recently used first.
+    """
+
+    def __init__(self, base: HasModel, folder: str | Path | None = None, budget: int = 0) -> None:
+        self._base, self._folder, self.budget = base, None if folder is None else Path(folder), budget
+        self._lock = threading.RLock()
+        self.model_lock = threading.Lock()  # held while the base's modules are read, or changed by an injection
+        self._known: dict[str, Registered] = {}
+        self._refused: dict[str, tuple[Stamp, str]] = {}
+        self._hidden: dict[str, Stamp] = {}  # unloaded by name: not found again while the files are the same
+        self._memory: dict[tuple[str, int], Pinned] = {}
+        self._versions = self._clock = 0
+        self.loads = self.hits = 0
+        if folder is not None:
+            if not Path(folder).is_dir():
+                raise MissingFile(f"adapters folder {folder}", "no such folder")
+            self.refresh()
+
+    def names(self) -> list[str]:
+        """The adapters that can be asked for, sorted."""
+        with self._lock:
+            return sorted(self._known)
+
+    def refused(self) -> dict[str, str]:
+        """The folders that hold an adapter which cannot be served, and why."""
+        with self._lock:
+            return {name: reason for name, (_, reason) in sorted(self._refused.items())}
+
+    def find(self, name: str) -> Registered:
+        """The adapter of this name. Raises UnknownAdapter, with the reason if it was refused."""
+        with self._lock:
+            if name in self._known:
+                return self._known[name]
+            if name in self._refused:
+                raise UnknownAdapter(f"adapter {name!r}", f"it was refused: {self._refused[name][1]}")
+            raise UnknownAdapter(f"adapter {name!r}", "no adapter of that name", nearest(name, self._known))
+
+    def info(self, name: str) -> AdapterInfo:
+        """All about an adapter. Raises UnknownAdapter."""
+        with self._lock:
+            one = self.find(name)
+            pinned = self._memory.get((name, one.version))
+            return AdapterInfo(one, pinned is not None, pinned.users if pinned else 0)
+
+    @property
+    def bytes(self) -> int:
+        """Of all adapters in memory."""
+        with self._lock:
+            return sum(pinned.bytes for pinned in self._memory.values())
+
+    def load(self, name: str, path: str | Path) -> Registered:
+        """Register the adapter in a folder under a name.
+
+        Raises AdapterNameError where the name is taken or unusable, ConfigError where the folder is outside of the
+        pool's, and what `load_adapter` raises; nothing is registered then.
+        """
+        if not name or name.startswith(".") or "/" in name or not name.isprintable():
+            raise AdapterNameError(f"adapter name {name!r}", "must be printable, without / and a dot at its start")
+        with self._lock:
+            if name in self._known:
+                raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
+        folder = self._inside(Path(path))
+        made = self._prove(name, folder, found=False)
+        with self._lock:
+            if name in self._known:
+                raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
+            self._register(made)
+            return made
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Requests that use the adapter, or wait for it, go on. Raises UnknownAdapter."""
+        with self._lock:
+            one = self.find(name)
+            del self._known[name]
+            self._hidden[name] = one.stamp
+            self._drop_stale()
+
+    def refresh(self) -> None:
+        """Look again: new adapters in the folder, changed files, folders that are gone. Broken ones are refused."""
+        with self._lock:
+            known, refused, hidden = dict(self._known), dict(self._refused), dict(self._hidden)
+        places = {name: one.path for name, one in known.items() if not one.found}
+        if self._folder is not None:
+            entries = (path for path in self._folder.iterdir() if not path.name.startswith("."))
+            places = {path.name: path for path in entries if (path / CONFIG).is_file()} | places
+        for name, path in sorted(places.items()):
+            stamp, one = _stamp(path), known.get(name)
+            same = (one and one.stamp == stamp, name in refused and refused[name][0] == stamp, hidden.get(name) == stamp)
+            if any(same):
+                continue
+            try:
+                made = self._prove(name, self._inside(path), found=one.found if one else True)
+            except (OnebaseError, OSError) as error:
+                self._refuse(name, stamp, str(error))
+            else:
+                with self._lock:
+                    self._register(made)
+        with self._lock:
+            for name in [*self._known, *self._refused]:
+                if name not in places:
+                    self._known.pop(name, None)
+                    self._refused.pop(name, None)
+            self._drop_stale()
+
+    def acquire(self, wanted: Registered) -> Pinned:
+        """The adapter's newest version in memory, with one more user; `release` it.
+
+        Raises NoRoom while adapters in use fill the budget, ConfigError where it never fits, and what `load_adapter`
+        raises.
+        """
+        with self._lock:
+            one = self._known.get(wanted.name, wanted)
+            pinned = self._memory.get((one.name, one.version))
+            self.hits += pinned is not None
+            if pinned is None:
+                self._make_room(one)
+        if pinned is None:
+            pinned = Pinned(one.name, one.version, _copied(self._read(one.path)), one.bytes)
+        with self._lock:
+            self.loads += (one.name, one.version) not in self._memory
+            self._memory[one.name, one.version] = pinned
+            self._clock += 1
+            pinned.users, pinned.used = pinned.users + 1, self._clock
+        return pinned
+
+    def release(self, pinned: Pinned) -> None:
+        """One user less."""
+        with self._lock:
+            pinned.users -= 1
+            self._drop_stale()
+
+    def _make_room(self, one: Registered) -> None:
+        idle = sorted((p for p in self._memory.values() if not p.users), key=lambda p: p.used)
+        while self.budget and self.bytes + one.bytes > self.budget:
+            if one.bytes > self.budget:
+                found = f"it takes {one.bytes} bytes, adapters may take {self.budget}"
+                raise ConfigError(f"adapter {one.name!r}", found, hint="raise the memory budget")
+            if not idle:
+                raise NoRoom(f"adapter {one.name!r}", "the adapters in use fill the memory budget")
+            gone = idle.pop(0)
+            del self._memory[gone.name, gone.version]
+
+    def _register(self, made: Registered) -> None:
+        self._refused.pop(made.name, None)
+        self._hidden.pop(made.name, None)
+        self._known[made.name] = made
+        self._drop_stale()
+
+    def _refuse(self, name: str, stamp: Stamp, reason: str) -> None:
+        with self._lock:
+            self._known.pop(name, None)
+            self._refused[name] = stamp, reason
+            self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        """Free the versions that nobody uses and nobody can ask for."""
+        current = {(one.name, one.version) for one in self._known.values()}
+        for key in [key for key, one in self._memory.items() if not one.users and key not in current]:
+            del self._memory[key]
+
+    def _prove(self, name: str, folder: Path, found: bool) -> Registered:
+        stamp = _stamp(folder)
+        adapter = self._read(folder)
+        if _stamp(folder) != stamp:
+            raise FormatError(f"adapter {folder}", "its files changed while they were read", hint="try again")
+        with self._lock:
+            self._versions += 1
+            version = self._versions
+        tensors = adapter.tensors().values()
+        sizes = (len(adapter.lowrank), adapter.parameters, sum(tensor.nbytes for tensor in tensors))
+        return Registered(name, folder, version, stamp, found, adapter.config, adapter.origin, *sizes)
+
+    def _read(self, folder: Path) -> Adapter:
+        with self.model_lock:
+            return load_adapter(folder, self._base)
+
+    def _inside(self, path: Path) -> Path:
+        """The folder itself, every link followed. Raises ConfigError where it, or a file in it, is outside of ours."""
+        if self._folder is None:
+            return path
+        root = self._folder.resolve()
+        folder = (path if path.is_absolute() else root / path).resolve()
+        for one in (folder, *(folder / name for name in (CONFIG, TENSORS, SIDECAR))):
+            if not one.resolve().is_relative_to(root) or folder == root:
+                raise ConfigError(f"adapter folder {path}", f"it is not inside of {self._folder}")
+        return folder
+
+
+def _stamp(folder: Path) -> Stamp:
+    found: list[tuple[str, int, int, int]] = []
+    for name in (CONFIG, TENSORS, SIDECAR):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            continue
+        found.append((name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(found)
+
+
+def _copied(adapter: Adapter) -> Adapter:
+    """The adapter with its tensors in memory: those that map a file would change with it, or be gone."""
+    low = {path: _copied_low(one) for path, one in adapter.lowrank.items()}
+    full = {path: {n: t.clone() for n, t in state.items()} for path, state in adapter.full.items()}
+    tokens = {path: TokenRows(one.ids, one.rows.clone()) for path, one in adapter.tokens.items()}
+    return replace(adapter, lowrank=low, full=full, tokens=tokens)
+
+
+def _copied_low(low: LowRank) -> LowRank:
+    return low._replace(**{name: tensor.clone() for name, tensor in low.tensors().items()})

@@ -1,0 +1,280 @@
+"""One forward for many sequences, each with its own adapter: parts of prompts and next tokens, without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onebase.adapter import Adapter
+from onebase.layers import base_modules
+from onebase.models.reading import ReadLayer, ReadModel, read_model
+from onebase.ops.adapted import Linear
+from onebase.ops.decoder import Attention, Groups
+from onebase.ops.gates import gated
+from onebase.ops.grouped import Place, Segment, add_updates, fill, new_place, segments
+from onebase.ops.grouped import Row as AdapterRow
+from onebase.ops.norms import Norm, norm
+from onebase.ops.rotary import Rotation, rotate
+from onebase.serve.cache import Cache, Shape, Span, attend, span_mask
+from onebase.serve.weights import PRODUCTS, Product
+
+
+class Row(NamedTuple):
+    """Tokens of one sequence to compute, from position `start` on; `wants`: the last one's logits are asked for."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    wants: bool = True
+
+
+class _Batch(NamedTuple):
+    """What all layers share in a step."""
+
+    segments: list[Segment]
+    spans: list[Span]
+    masks: Mapping[int | None, list[Tensor | None]]  # for each window: of each span
+    rotations: Mapping[str | None, Rotation]
+    places: Tensor  # (T · key heads,): where a layer's keys and values go in its part of the cache, as rows
+
+
+class _Layer(NamedTuple):
+    read: ReadLayer
+    products: Groups[Product]
+    sizes: Groups[list[int]]
+
+
+class Runner:
+    """A decoder that `models.reading` knows. Raises Unsupported with the reason where it does not.
+
+    The base's tensors are read where they are, so a runner is made again after the model was moved or changed.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, context: int, product: str = "plain") -> None:
+        self._read = read_model(model, ())
+        make = PRODUCTS[product]
+        self._layers = [
+            _Layer(layer, Groups(*map(make, layer.frozen.linears)), Groups(*map(_sizes, layer.frozen.linears)))
+            for layer in self._read.layers
+        ]
+        head = self._read.head
+        self._head = make([Linear(head.weight, head.bias)])
+        self._paths = _paths(model, self._read)
+        spec = self._read.layers[0].frozen.attention
+        shape = Shape(len(self._layers), slots, spec.kv_heads, context, spec.width)
+        self.cache = Cache(shape, head.weight.dtype, head.weight.device)
+        self._rotations = _rotation_tables(self._read, context, head.weight)
+        self._adapters: list[Adapter | None] = [None] * slots
+        self._factors: list[Groups[Place]] = []
+
+    def problem(self, adapter: Adapter) -> str:
+        """Why the runner cannot compute this adapter, in a few words; empty where it can."""
+        known = {path for layer in self._paths for group in layer for path in group}
+        odd = [path for path, low in adapter.lowrank.items() if path not in known or low.kind != "linear"]
+        shaped = [path for path, low in adapter.lowrank.items() if low.magnitude is not None or low.bias is not None]
+        reasons = {
+            f"it trains {', '.join(adapter.full)} in full": adapter.full,
+            f"it has token rows of {', '.join(adapter.tokens)}": adapter.tokens,
+            f"it changes {', '.join(odd[:3])}": odd,
+            f"it has a magnitude or a bias at {', '.join(shaped[:3])}": shaped,
+        }
+        return next((reason for reason, found in reasons.items() if found), "")
+
+    def put(self, slot: int, adapter: Adapter | None) -> None:
+        """Let a slot's sequence run with this adapter, None for the plain base. Its factors are copied."""
+        self._adapters[slot] = None
+        rank = max((_rank(one) for one in (*self._adapters, adapter) if one is not None), default=0)
+        have = self._factors[0].qkv.rank if self._factors else 0
+        self._adapters[slot] = adapter
+        if adapter is None:
+            return
+        if have < rank or have > 2 * rank:
+            self._factors = [self._new_places(layer, rank) for layer in self._layers]
+            refill = [number for number, one in enumerate(self._adapters) if one is not None]
+        else:
+            refill = [slot]
+        for number in refill:
+            self._fill(number)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Of the slots' factors."""
+        places = (place for layer in self._factors for place in layer)
+        return sum(t.nbytes for place in places for t in (place.A, *place.B))
+
+    def _new_places(self, layer: _Layer, rank: int) -> Groups[Place]:
+        slots, device = self.cache.shape.slots, self.cache.k.device
+        return Groups(
+            *(
+                new_place(slots, rank, group[0].weight.shape[1], [one.weight.shape[0] for one in group], device)
+                for group in layer.read.frozen.linears
+            )
+        )
+
+    def _fill(self, slot: int) -> None:
+        adapter = self._adapters[slot]
+        assert adapter is not None
+        for places, paths in zip(self._factors, self._paths, strict=True):
+            for place, group in zip(places, paths, strict=True):
+                lows = [adapter.lowrank.get(path) for path in group]
+                fill(place, slot, [low and low.factors for low in lows])
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """The logits (rows that want them, vocabulary), in at least float32, in the rows' order.
+
+        A row's keys and values are stored; those before its start must be there. No slot comes twice.
+        """
+        order = sorted(range(len(rows)), key=lambda n: (len(rows[n].tokens) > 1, rows[n].slot))
+        ordered = [rows[n] for n in order]
+        batch = self._batch(ordered)
+        ids = torch.tensor([token for row in ordered for token in row.tokens], device=self.cache.k.device)
+        hidden = self._read.embed(ids)
+        if self._read.embedding != 1.0:
+            hidden = hidden * self._read.embedding
+        for number in range(len(self._layers)):
+            hidden = self._layer(number, hidden, batch)
+        for row in rows:
+            self.cache.written(row.slot, row.start, row.tokens)
+        ends = dict(zip(order, accumulate(len(row.tokens) for row in ordered), strict=True))
+        wanted = [ends[n] - 1 for n in range(len(rows)) if rows[n].wants]
+        return self._logits(hidden[wanted])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self._read.head
+        logits = self._head(_norm(hidden, self._read.norm))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if head.scale != 1.0:
+            logits = logits * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def _batch(self, rows: Sequence[Row]) -> _Batch:
+        shape, device = self.cache.shape, self.cache.k.device
+        positions = torch.cat([torch.arange(row.start, row.start + len(row.tokens)) for row in rows]).to(device)
+        slots = torch.tensor([row.slot for row in rows for _ in row.tokens], device=device)
+        heads = torch.arange(shape.heads, device=device)
+        places = (slots[:, None] * shape.heads + heads) * shape.context + positions[:, None]
+        spans = _spans(rows)
+        parts = [(span, positions[span.first : span.last]) for span in spans]
+        windows = {layer.read.window for layer in self._layers}
+        return _Batch(
+            segments([AdapterRow(len(row.tokens), row.slot, self._adapters[row.slot]) for row in rows]),
+            spans,
+            {window: [span_mask(span, own, window) for span, own in parts] for window in windows},
+            {kind: table._replace(cos=table.cos[positions], sin=table.sin[positions]) for kind, table in self._rotations.items()},
+            places.flatten(),
+        )
+
+    def _project(self, number: int, group: int, x: Tensor, batch: _Batch) -> Tensor:
+        layer = self._layers[number]
+        y = layer.products[group](x)
+        if batch.segments:
+            add_updates(x, y.split(layer.sizes[group], dim=1), self._factors[number][group], batch.segments)
+        return y
+
+    def _layer(self, number: int, x: Tensor, batch: _Batch) -> Tensor:
+        """`ops.decoder.Layer`'s semantics, with the keys and values of earlier tokens in the cache."""
+        layer = self._layers[number].read.frozen
+        norms = layer.norms
+        n = _norm(x, norms.before_attention)
+        attended = self._attention(number, self._project(number, 0, n, batch), batch)
+        a = _norm(self._project(number, 1, attended, batch), norms.after_attention)
+        mid = torch.add(x, a, alpha=layer.residual)
+        if not layer.parallel:
+            n = _norm(mid, norms.before_mlp)
+        z = gated(self._project(number, 2, n, batch), layer.activation).z
+        m = _norm(self._project(number, 3, z, batch), norms.after_mlp)
+        return torch.add(mid, m, alpha=layer.residual)
+
+    def _attention(self, number: int, qkv: Tensor, batch: _Batch) -> Tensor:
+        """The heads' outputs side by side (T, columns); the keys and values go into the cache."""
+        read = self._layers[number].read
+        spec = read.frozen.attention
+        q, k, v = qkv.split(spec.sizes, dim=1)
+        rotation = batch.rotations[read.rotary_type] if read.rotates else None
+        q, k = (_heads(part, spec, own, rotation) for part, own in ((q, spec.q_norm), (k, spec.k_norm)))
+        sides = (self.cache.k[number], self.cache.v[number])
+        for side, new in zip(sides, (k, v), strict=True):
+            side.view(-1, spec.width).index_copy_(0, batch.places, new.reshape(-1, spec.width))
+        q = q.unflatten(1, (spec.kv_heads, -1))
+        masks = batch.masks[read.window]
+        parts = [
+            attend(q[span.first : span.last], sides, span, mask, spec.scoring)
+            for span, mask in zip(batch.spans, masks, strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def _sizes(group: Sequence[Linear]) -> list[int]:
+    return [layer.weight.shape[0] for layer in group]
+
+
+def _rank(adapter: Adapter) -> int:
+    return max(low.rank for low in adapter.lowrank.values())
+
+
+def _paths(model: nn.Module, read: ReadModel) -> list[Groups[list[str]]]:
+    """The base's name of each linear layer, for each layer and group."""
+    named = {m.weight.data_ptr(): path for path, m in base_modules(model) if isinstance(m, nn.Linear)}
+    return [
+        Groups(*([named[one.weight.data_ptr()] for one in group] for group in layer.frozen.linears))
+        for layer in read.layers
+    ]
+
+
+def _rotation_tables(read: ReadModel, context: int, like: Tensor) -> dict[str | None, Rotation]:
+    """The angles of every position, for each type of layer that rotates."""
+    positions = torch.arange(context, device=like.device)[None]
+    found: dict[str | None, Rotation] = {}
+    for kind in {layer.rotary_type for layer in read.layers if layer.rotates}:
+        with torch.no_grad():
+            angles = read.rotary(like.new_empty(1, 1, 1), positions, *([kind] if kind else []))
+        # transformers gives each pair's angle twice: once for each of its channels.
+        half = angles[0].shape[-1] // 2
+        once = slice(None, None, 2) if read.interleaved else slice(half)
+        cos, sin = (part[0, :, once].contiguous() for part in angles)
+        found[kind] = Rotation(cos, sin, read.interleaved)
+    return found
+
+
+def _spans(rows: Sequence[Row]) -> list[Span]:
+    """The rows' spans: single tokens in neighbouring slots together, every chunk alone."""
+    found: list[Span] = []
+    start = 0
+    for row in rows:
+        stop, length = start + len(row.tokens), row.start + len(row.tokens)
+        last = found[-1] if found else None
+        chunk = len(row.tokens) > 1
+        if last and not chunk and not last.chunk and row.slot == last.slot + last.last - last.first:
+            found[-1] = last._replace(last=stop, length=max(last.length, length))
+        else:
+            found.append(Span(start, stop, row.slot, length, chunk))
+        start = stop
+    return found
+
+
+def _heads(x: Tensor, spec: Attention, own: Norm | None, rotation: Rotation | None) -> Tensor:
+    """(T, columns) as (T, heads, width): normed over each head or over all together, and turned."""
+    if own is not None and not spec.per_head:
+        x = _norm(x, own)
+    x = x.unflatten(1, (-1, spec.width))
+    if own is not None and spec.per_head:
+        x = _norm(x, own)
+    return x if rotation is None else rotate(x, rotation, torch.empty_like(x))
+
+
+def _norm(x: Tensor, spec: Norm | None) -> Tensor:
+    """`ops.norms.norm`, through torch's fused kernel where that computes the same."""
+    if spec is None:
+        return x
+    if spec.centred or spec.weight.ndim > 1 or x.dtype != spec.weight.dtype:
+        return norm(x, spec)
+    return F.rms_norm(x, spec.weight.shape, spec.weight, spec.eps)
+
+
+

@@ -1,0 +1,191 @@
+"""The pool: what is found, refused, kept and let go; and requests that outlive their adapter's files."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from adapters import trained
+from decoders import decoder
+from onebase.config import LoraConfig
+from onebase.errors import AdapterNameError, ConfigError, MissingFile, OnebaseError
+from onebase.format import save_adapter
+from onebase.serve.engine import Engine
+from onebase.serve.pool import AdapterPool
+from onebase.serve.request import Limits, NoRoom, Request, UnknownAdapter
+from serving import adapter_folder, alone, drained, make_engine, tokens_of, wrap_base
+
+PROMPT = (3, 7, 11, 20)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return wrap_base(decoder("llama"))
+
+
+def size_of(pool, name):
+    return pool.find(name).bytes
+
+
+def test_a_folder_is_searched_and_the_broken_are_refused_with_the_reason(base, tmp_path):
+    adapter_folder(tmp_path, base, 2)
+    shutil.copytree(tmp_path / "a0", tmp_path / "cut")
+    tensors = tmp_path / "cut" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "text.txt").write_text("no adapter")
+    shutil.copytree(tmp_path / "a0", tmp_path / ".a0.tmp")
+    pool = AdapterPool(base, tmp_path)
+    assert pool.names() == ["a0", "a1"]
+    assert [*pool.refused()] == ["cut"]
+    assert "cut short" in pool.refused()["cut"]
+    with pytest.raises(UnknownAdapter, match="refused.*cut short"):
+        pool.find("cut")
+    with pytest.raises(UnknownAdapter, match="a0"):
+        pool.find("a00")
+    shutil.rmtree(tmp_path / "cut")
+    shutil.copytree(tmp_path / "a1", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "a0")
+    pool.refresh()
+    assert (pool.names(), pool.refused()) == (["a1", "cut"], {})
+    with pytest.raises(MissingFile):
+        AdapterPool(base, tmp_path / "nowhere")
+
+
+def test_another_bases_adapter_is_refused(base, tmp_path):
+    other = wrap_base(decoder("qwen3"))
+    adapter_folder(tmp_path, other, 1)
+    pool = AdapterPool(base, tmp_path)
+    assert pool.names() == []
+    assert "does not fit" in pool.refused()["a0"]
+
+
+def test_adapters_in_use_stay_and_the_least_recently_used_go(base, tmp_path):
+    adapter_folder(tmp_path, base, 7)  # a0, a3 and a6 have the same size
+    pool = AdapterPool(base, tmp_path)
+    pool.budget = 2 * size_of(pool, "a0")
+    first = pool.acquire(pool.find("a0"))
+    second = pool.acquire(pool.find("a3"))
+    with pytest.raises(NoRoom):
+        pool.acquire(pool.find("a6"))
+    pool.release(second)
+    pool.release(first)
+    pool.release(pool.acquire(pool.find("a0")))
+    pool.release(pool.acquire(pool.find("a6")))
+    assert [name for name in pool.names() if pool.info(name).loaded] == ["a0", "a6"]
+    assert (pool.loads, pool.hits) == (3, 1)
+    assert pool.bytes == pool.budget
+    pool.budget -= 1
+    with pytest.raises(ConfigError, match="adapters may take"):
+        pool.acquire(pool.find("a2"))  # rank 8: as large as the two
+
+
+def test_memory_grows_with_the_adapters_in_use_alone(base, tmp_path):
+    adapter_folder(tmp_path, base, 4)
+    pool = AdapterPool(base, tmp_path)
+    assert pool.bytes == 0
+    pinned = pool.acquire(pool.find("a1"))
+    assert pool.bytes == sum(t.nbytes for t in pinned.adapter.tensors().values()) == size_of(pool, "a1")
+
+
+def test_under_a_small_budget_every_request_is_answered(base, tmp_path):
+    made = adapter_folder(tmp_path, base, 4)
+    engine = make_engine(base, tmp_path)
+    engine.pool.budget = size_of(engine.pool, "a2")  # of rank 8: two of rank 4 fit, none beside it
+    names = ["a0", "a2", "a1", "a3", "a0", "a2", "a1"]
+    results = engine.generate([Request(str(n), PROMPT, name, max_tokens=4) for n, name in enumerate(names)])
+    assert [r.tokens for r in results] == [alone(base, made[name], PROMPT, 4)[0] for name in names]
+    both = Request("never", PROMPT, mixture=(("a2", 0.5), ("a0", 0.5)))
+    assert [(r.finish, "memory budget" in r.error) for r in engine.generate([both])] == [("error", True)]
+    assert engine.pool.bytes <= engine.pool.budget
+
+
+def test_a_changed_adapter_is_new_for_new_requests_and_old_for_running_ones(base, tmp_path):
+    made = adapter_folder(tmp_path, base, 1)
+    other = trained(base.model, LoraConfig(rank=2, alpha=8), seed=9)
+    engine = make_engine(base, tmp_path)
+    engine.add_request(Request("old", PROMPT, "a0", max_tokens=8))
+    events = engine.step() + engine.step()
+    tensors = tmp_path / "a0" / "adapter_model.safetensors"
+    save_adapter(other, tmp_path / "new")
+    for name in os.listdir(tmp_path / "new"):  # in place, as PEFT writes: a mapped file would change
+        (tmp_path / "a0" / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    shutil.rmtree(tmp_path / "new")
+    engine.pool.refresh()
+    engine.add_request(Request("new", PROMPT, "a0", max_tokens=8))
+    found = drained(engine)
+    assert tokens_of([*events, *found["old"]]) == alone(base, made["a0"], PROMPT, 8)[0]
+    assert tokens_of(found["new"]) == alone(base, other, PROMPT, 8)[0]
+    assert engine.pool.bytes == size_of(engine.pool, "a0")  # the old one is gone from memory
+    tensors.write_bytes(b"broken")
+    engine.pool.refresh()
+    with pytest.raises(UnknownAdapter, match="refused"):
+        engine.add_request(Request("r", PROMPT, "a0"))
+
+
+def test_unloading_lets_requests_go_on(base, tmp_path):
+    made = adapter_folder(tmp_path, base, 2)
+    engine = make_engine(base, tmp_path, slots=1)
+    for name in ("running", "waiting"):
+        engine.add_request(Request(name, PROMPT, "a0", max_tokens=5))
+    events = engine.step()
+    engine.pool.unload("a0")
+    engine.pool.refresh()
+    assert engine.pool.names() == ["a1"]
+    with pytest.raises(UnknownAdapter):
+        engine.add_request(Request("r", PROMPT, "a0"))
+    found, wanted = drained(engine), alone(base, made["a0"], PROMPT, 5)[0]
+    assert tokens_of([*events, *found["running"]]) == wanted == tokens_of(found["waiting"])
+    assert engine.pool.bytes == 0
+    engine.pool.load("a0", "a0")  # a path inside of the folder
+    assert engine.generate([Request("r", PROMPT, "a0", max_tokens=5)])[0].tokens == wanted
+
+
+def test_an_adapter_whose_files_vanish_fails_its_request_alone(base, tmp_path):
+    made = adapter_folder(tmp_path, base, 2)
+    engine = make_engine(base, tmp_path)
+    engine.add_request(Request("gone", PROMPT, "a0", max_tokens=5))
+    engine.add_request(Request("good", PROMPT, "a1", max_tokens=5))
+    shutil.rmtree(tmp_path / "a0")
+    found = drained(engine)
+    assert found["gone"][-1].finish == "error"
+    assert "no such folder" in found["gone"][-1].error
+    assert tokens_of(found["good"]) == alone(base, made["a1"], PROMPT, 5)[0]
+
+
+def test_nothing_outside_of_the_folder_is_loaded(base, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    adapter_folder(outside, base, 1)
+    adapter_folder(inside, base, 1)
+    (inside / "link").symlink_to(outside / "a0")
+    shutil.copytree(inside / "a0", inside / "file")
+    (inside / "file" / "adapter_model.safetensors").unlink()
+    (inside / "file" / "adapter_model.safetensors").symlink_to(outside / "a0" / "adapter_model.safetensors")
+    pool = AdapterPool(base, inside)
+    assert pool.names() == ["a0"]
+    assert all("not inside" in reason for reason in pool.refused().values())
+    assert [*pool.refused()] == ["file", "link"]
+    for path in (outside / "a0", "../outside/a0", "link", ".", inside, "a0/../../outside/a0", "file"):
+        with pytest.raises(ConfigError, match="not inside"):
+            pool.load("x", path)
+    for name in ("", ".x", "a/b", "a\nb", "a0"):
+        with pytest.raises(AdapterNameError):
+            pool.load(name, "a0")
+    with pytest.raises(OnebaseError):
+        pool.load("x", "nothing")
+    assert pool.load("x", inside / "a0").name == "x"
+    assert AdapterPool(base).load("anywhere", outside / "a0").modules == 21
+
+
+def test_the_slots_factors_grow_and_shrink_with_the_ranks(base, tmp_path):
+    made = adapter_folder(tmp_path, base, 3)
+    engine = Engine(base, AdapterPool(base, tmp_path), Limits(slots=2, context=32))
+    sizes = []
+    for name in ("a1", "a2", "a1"):  # of ranks 2, 8 and 2
+        result = engine.generate([Request("r", PROMPT, name, max_tokens=3)])[0]
+        assert result.tokens == alone(base, made[name], PROMPT, 3)[0]
+        sizes.append(engine.stats().adapter_bytes - engine.pool.bytes)
+    assert sizes[0] == sizes[2] == sizes[1] / 4
+    assert torch.is_grad_enabled()
