@@ -123,7 +123,9 @@ def our_work(base: Base, adapter: str | Path, share: bool, checkpoint: bool = Fa
     """onebase as `onebase train` runs it: the engine where the model proves able."""
     inject(base.model, load_adapter(adapter, base), "bench")
     way = Way("engine")
-    if problem := engine_problem(base.model, "bench"):
+    text: Any = base.tokenizer
+    text = text("Once upon a time there was a small robot in a big house near the sea.")["input_ids"]
+    if problem := engine_problem(base.model, "bench", text):
         raise SystemExit(f"the engine does not take this base: {problem}")
     parameters = trainable(base.model, "bench")
     for p in parameters.values():

@@ -26,7 +26,9 @@ def adapter_folder(folder, base, count=3, **options):
 
 def make_engine(base, folder, **limits):
     """An engine with few small slots."""
-    return Engine(base, AdapterPool(base, folder), Limits(**{"slots": 3, "context": 48, "prefill_chunk": 4, **limits}))
+    return Engine(
+        base, AdapterPool(base, folder), Limits(**{"slots": 3, "context": 48, "prefill_chunk": 4, **limits})
+    )
 
 
 def prompts(count, longest=14, vocabulary=90, seed=0):
@@ -60,4 +62,13 @@ def tokens_of(events):
     return tuple(token for event in events for token in event.tokens)
 
 
-__all__ = ["Request", "adapter_folder", "alone", "drained", "make_engine", "prompts", "tokens_of", "wrap_base"]
+__all__ = [
+    "Request",
+    "adapter_folder",
+    "alone",
+    "drained",
+    "make_engine",
+    "prompts",
+    "tokens_of",
+    "wrap_base",
+]

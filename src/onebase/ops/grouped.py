@@ -48,7 +48,9 @@ def new_place(slots: int, rank: int, features: int, outs: Sequence[int], device:
 
 def fill(place: Place, slot: int, updates: Sequence[Factors | None]) -> None:
     """Put an adapter's updates of the layers (None: it has none there) into a slot."""
-    for part, b, low in zip(place.A[slot].split(place.rank), (one[slot] for one in place.B), updates, strict=True):
+    for part, b, low in zip(
+        place.A[slot].split(place.rank), (one[slot] for one in place.B), updates, strict=True
+    ):
         rank = 0 if low is None else low.A.shape[0]
         if low is not None:
             part[:rank] = low.A
@@ -65,10 +67,8 @@ def add_updates(x: Tensor, columns: Sequence[Tensor], place: Place, segments: Se
     """
     for start, stop, slot, each in segments:
         rows = x[start:stop].to(place.A.dtype)
-        if each:
-            h = torch.bmm(rows[:, None], place.A[slot : slot + stop - start].mT)
-        else:
-            h = rows @ place.A[slot].mT
+        a = place.A[slot : slot + stop - start] if each else place.A[slot]
+        h = torch.bmm(rows[:, None], a.mT) if each else rows @ a.mT
         for y, part, b in zip(columns, h.split(place.rank, dim=-1), place.B, strict=True):
             own = y[start:stop]
             if each:
@@ -87,9 +87,9 @@ def _add(y: Tensor, h: Tensor, b: Tensor) -> None:
 
 
 class Row(NamedTuple):
-    """One sequence's rows of a batch: how many, its slot, and what adapter it has (None: none)."""
+    """One sequence's part of a batch: how many rows, its slot, and what adapter it has (None: none)."""
 
-    count: int
+    tokens: int
     slot: int
     adapter: object | None
 
@@ -102,8 +102,8 @@ def segments(rows: Sequence[Row]) -> list[Segment]:
     found: list[Segment] = []
     adapters: list[object] = []
     start = 0
-    for count, slot, adapter in rows:
-        stop, last = start + count, found[-1] if found else None
+    for tokens, slot, adapter in rows:
+        stop, last = start + tokens, found[-1] if found else None
         if adapter is None:
             pass
         elif last is None or last.stop != start:
@@ -111,7 +111,11 @@ def segments(rows: Sequence[Row]) -> list[Segment]:
             adapters.append(adapter)
         elif not last.each and adapters[-1] is adapter:
             found[-1] = last._replace(stop=stop)
-        elif count == 1 and slot == last.slot + last.stop - last.start and (last.each or last.stop - last.start == 1):
+        elif (
+            tokens == 1
+            and slot == last.slot + last.stop - last.start
+            and (last.each or last.stop - last.start == 1)
+        ):
             found[-1] = last._replace(stop=stop, each=True)
         else:
             found.append(Segment(start, stop, slot))

@@ -49,7 +49,11 @@ class Cache:
         ]
         best = max(range(self.shape.slots), key=lambda slot: (shared[slot], slot in free, -slot))
         # The slot that holds the prefix, else the one whose contents are the least loss.
-        slot = best if best in free and shared[best] else min(free, key=lambda one: (len(self._tokens[one]), one))
+        slot = (
+            best
+            if best in free and shared[best]
+            else min(free, key=lambda one: (len(self._tokens[one]), one))
+        )
         count = min(shared[best], len(prompt) - 1)
         if slot != best and count:
             for side in (self.k, self.v):
@@ -69,7 +73,9 @@ class Cache:
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """The number of tokens that two sequences begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 class Span(NamedTuple):
@@ -102,7 +108,9 @@ def span_mask(span: Span, positions: Tensor, window: int | None) -> Tensor | Non
     return mask if span.chunk else mask[:, None, None]
 
 
-def attend(q: Tensor, sides: tuple[Tensor, Tensor], span: Span, mask: Tensor | None, scoring: Scoring) -> Tensor:
+def attend(
+    q: Tensor, sides: tuple[Tensor, Tensor], span: Span, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
     """The attention of a span's queries q (rows, key heads, g, width) over a layer's keys and values: in q's shape.
 
     The g query heads of a key head are rows of one product, so keys and values are not repeated.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from onebase.arithmetic import combine
@@ -64,8 +63,12 @@ class Engine:
         self._rows = len(base.model.get_input_embeddings().weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
         total, kv = self.limits.kv_and_adapter_bytes, self._kv_bytes
         if total and kv >= total:
-            found = f"{self.limits.slots} slots of {self.context} tokens take {kv} bytes of the {total} allowed"
-            raise ConfigError("the memory budget", found, hint="allow more, or fewer slots, or a shorter context")
+            found = (
+                f"{self.limits.slots} slots of {self.context} tokens take {kv} bytes of the {total} allowed"
+            )
+            raise ConfigError(
+                "the memory budget", found, hint="allow more, or fewer slots, or a shorter context"
+            )
         if total:
             pool.budget = min(pool.budget or total, total - kv)
 
@@ -102,7 +105,9 @@ class Engine:
         """
         if request.id in self._all:
             raise AdapterNameError(f"request {request.id}", "a request of that id is at work")
-        names = [name for name, _ in request.mixture] or ([] if request.adapter is None else [request.adapter])
+        names = [name for name, _ in request.mixture] or (
+            [] if request.adapter is None else [request.adapter]
+        )
         wanted = [self.pool.find(name) for name in names]
         length = len(request.prompt)
         if length >= self.context:
@@ -154,7 +159,13 @@ class Engine:
         sequence = self._all[chunk.id]
         try:
             logits = self._fallback.forward(chunk.slot, sequence.tokens[chunk.start : chunk.stop])
-        except (OnebaseError, RuntimeError, ValueError, IndexError, TypeError) as error:  # a foreign model's forward
+        except (
+            OnebaseError,
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+        ) as error:  # a foreign model's forward
             return [self._failed(sequence, str(error))]
         return self._take([chunk], logits[None, :][: int(chunk.last)])
 
@@ -197,7 +208,7 @@ class Engine:
         pins: list[Pinned] = []
         try:
             for one in sequence.wanted:
-                pins.append(self.pool.acquire(one))  # noqa: PERF401  # those before a failure are released
+                pins.append(self.pool.acquire(one))  # one by one: those before a failure are released
             pinned = self._chosen(sequence.request, pins)
             free, runner = self._scheduler.free, self._runner
             slow = runner is None or (pinned is not None and bool(runner.problem(pinned.adapter)))
@@ -205,6 +216,8 @@ class Engine:
                 slot, done = free[-1], 0
                 self._fallback.start(slot, pinned)
             else:
+                if pinned is not None:
+                    self._reserve(runner.factor_bytes_with(pinned.adapter), pinned.name)
                 slot, done = runner.cache.take(free, pinned and pinned.key, sequence.request.prompt)
                 runner.put(slot, pinned and pinned.adapter)
         except BaseException:
@@ -214,20 +227,32 @@ class Engine:
         sequence.slot, sequence.slow, sequence.pins = slot, slow, tuple(pins)
         return slot, done
 
+    def _reserve(self, factors: int, name: str) -> None:
+        """Raise NoRoom where the slots' factors would take this many bytes and the budget does not hold them."""
+        total = self.limits.kv_and_adapter_bytes
+        if total and not self.pool.shrink(total - self._kv_bytes - factors):
+            raise NoRoom(
+                f"adapter {name!r}", f"its factors in {self.limits.slots} slots do not fit the memory budget"
+            )
+
     def _chosen(self, request: Request, pins: Sequence[Pinned]) -> Pinned | None:
         """What the request runs with: nothing, an adapter, or the weighted sum of several."""
         if not request.mixture:
             return pins[0] if pins else None
         weights = [weight for _, weight in request.mixture]
         mixed = combine([pin.adapter for pin in pins], weights, Recipe(method="cat"))
-        name = "+".join(f"{pin.name}@{pin.version}*{weight!r}" for pin, weight in zip(pins, weights, strict=True))
+        name = "+".join(
+            f"{pin.name}@{pin.version}*{weight!r}" for pin, weight in zip(pins, weights, strict=True)
+        )
         return Pinned(name, 0, mixed, 0)
 
     def _take(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Event]:
         """Choose the tokens that follow the computed chunks."""
         lasts = [chunk for chunk in chunks if chunk.last]
         finite = logits.amax(dim=-1).isfinite()  # -inf is no token; NaN and inf are failures
-        choices = sample(logits.masked_fill(~finite[:, None], 0), [self._all[chunk.id].wish for chunk in lasts])
+        choices = sample(
+            logits.masked_fill(~finite[:, None], 0), [self._all[chunk.id].wish for chunk in lasts]
+        )
         for chunk in chunks:
             self._scheduler.computed(chunk)
         return [

@@ -67,7 +67,9 @@ class AdapterPool:
     def __init__(self, base: HasModel, folder: str | Path | None = None, budget: int = 0) -> None:
         self._base, self._folder, self.budget = base, None if folder is None else Path(folder), budget
         self._lock = threading.RLock()
-        self.model_lock = threading.Lock()  # held while the base's modules are read, or changed by an injection
+        self.model_lock = (
+            threading.Lock()
+        )  # held while the base's modules are read, or changed by an injection
         self._known: dict[str, Registered] = {}
         self._refused: dict[str, tuple[Stamp, str]] = {}
         self._hidden: dict[str, Stamp] = {}  # unloaded by name: not found again while the files are the same
@@ -118,7 +120,9 @@ class AdapterPool:
         pool's, and what `load_adapter` raises; nothing is registered then.
         """
         if not name or name.startswith(".") or "/" in name or not name.isprintable():
-            raise AdapterNameError(f"adapter name {name!r}", "must be printable, without / and a dot at its start")
+            raise AdapterNameError(
+                f"adapter name {name!r}", "must be printable, without / and a dot at its start"
+            )
         with self._lock:
             if name in self._known:
                 raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
@@ -148,7 +152,11 @@ class AdapterPool:
             places = {path.name: path for path in entries if (path / CONFIG).is_file()} | places
         for name, path in sorted(places.items()):
             stamp, one = _stamp(path), known.get(name)
-            same = (one and one.stamp == stamp, name in refused and refused[name][0] == stamp, hidden.get(name) == stamp)
+            same = (
+                one and one.stamp == stamp,
+                name in refused and refused[name][0] == stamp,
+                hidden.get(name) == stamp,
+            )
             if any(same):
                 continue
             try:
@@ -193,15 +201,20 @@ class AdapterPool:
             self._drop_stale()
 
     def _make_room(self, one: Registered) -> None:
-        idle = sorted((p for p in self._memory.values() if not p.users), key=lambda p: p.used)
-        while self.budget and self.bytes + one.bytes > self.budget:
-            if one.bytes > self.budget:
-                found = f"it takes {one.bytes} bytes, adapters may take {self.budget}"
-                raise ConfigError(f"adapter {one.name!r}", found, hint="raise the memory budget")
-            if not idle:
-                raise NoRoom(f"adapter {one.name!r}", "the adapters in use fill the memory budget")
-            gone = idle.pop(0)
-            del self._memory[gone.name, gone.version]
+        if self.budget and one.bytes > self.budget:
+            found = f"it takes {one.bytes} bytes, adapters may take {self.budget}"
+            raise ConfigError(f"adapter {one.name!r}", found, hint="raise the memory budget")
+        if self.budget and not self.shrink(self.budget - one.bytes):
+            raise NoRoom(f"adapter {one.name!r}", "the adapters in use fill the memory budget")
+
+    def shrink(self, most: int) -> bool:
+        """Let adapters without users go, least recently used first, until the others take `most` bytes; if they do."""
+        with self._lock:
+            idle = sorted((p for p in self._memory.values() if not p.users), key=lambda p: p.used)
+            while idle and self.bytes > most:
+                gone = idle.pop(0)
+                del self._memory[gone.name, gone.version]
+            return self.bytes <= most
 
     def _register(self, made: Registered) -> None:
         self._refused.pop(made.name, None)

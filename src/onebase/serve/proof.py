@@ -37,14 +37,18 @@ def runner_problem(model: Any, product: str = "plain") -> str:
     tokens = torch.randint(model.config.vocab_size, (2, CUTS[-1]), generator=draw)
     for slot, one in enumerate((None, adapter)):
         runner.put(slot, one)
-    theirs = torch.stack([_own_logits(model, row, one) for row, one in zip(tokens, (None, adapter), strict=True)])
+    theirs = torch.stack(
+        [_own_logits(model, row, one) for row, one in zip(tokens, (None, adapter), strict=True)]
+    )
     start, worst = 0, 0.0
     for stop in CUTS:
         ours = runner.forward([Row(slot, tokens[slot, start:stop].tolist(), start) for slot in range(2)])
         apart = (ours - theirs[:, stop - 1]).abs().max() / theirs.abs().max()
         worst, start = max(worst, float(apart.nan_to_num(nan=torch.inf))), stop
     allowed = TOLERANCE.get(model.dtype, NARROW_TOLERANCE)
-    return "" if worst <= allowed else f"the logits differ by {worst:.1e} of the largest ({allowed:.0e} allowed)"
+    return (
+        "" if worst <= allowed else f"the logits differ by {worst:.1e} of the largest ({allowed:.0e} allowed)"
+    )
 
 
 def _own_logits(model: Any, row: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:

@@ -47,7 +47,9 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()  # texts that end the answer, themselves left out
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer, themselves left out
-    logprobs: int | None = None  # the likeliest tokens to report beside each token; None: no log-probabilities
+    logprobs: int | None = (
+        None  # the likeliest tokens to report beside each token; None: no log-probabilities
+    )
 
     def __post_init__(self) -> None:
         require("prompt", self.prompt, len(self.prompt) > 0, "at least one token")
@@ -114,7 +116,9 @@ class Limits:
         for name in ("slots", "context", "queue", "prefill_chunk"):
             value = getattr(self, name)
             require(name, value, value >= (0 if name == "context" else 1), "at least 1")
-        require("kv_and_adapter_bytes", self.kv_and_adapter_bytes, self.kv_and_adapter_bytes >= 0, "at least 0")
+        require(
+            "kv_and_adapter_bytes", self.kv_and_adapter_bytes, self.kv_and_adapter_bytes >= 0, "at least 0"
+        )
 
 
 @dataclass(frozen=True)

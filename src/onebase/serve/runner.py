@@ -59,7 +59,9 @@ class Runner:
         self._read = read_model(model, ())
         make = PRODUCTS[product]
         self._layers = [
-            _Layer(layer, Groups(*map(make, layer.frozen.linears)), Groups(*map(_sizes, layer.frozen.linears)))
+            _Layer(
+                layer, Groups(*map(make, layer.frozen.linears)), Groups(*map(_sizes, layer.frozen.linears))
+            )
             for layer in self._read.layers
         ]
         head = self._read.head
@@ -76,7 +78,9 @@ class Runner:
         """Why the runner cannot compute this adapter, in a few words; empty where it can."""
         known = {path for layer in self._paths for group in layer for path in group}
         odd = [path for path, low in adapter.lowrank.items() if path not in known or low.kind != "linear"]
-        shaped = [path for path, low in adapter.lowrank.items() if low.magnitude is not None or low.bias is not None]
+        shaped = [
+            path for path, low in adapter.lowrank.items() if low.magnitude is not None or low.bias is not None
+        ]
         reasons = {
             f"it trains {', '.join(adapter.full)} in full": adapter.full,
             f"it has token rows of {', '.join(adapter.tokens)}": adapter.tokens,
@@ -88,30 +92,51 @@ class Runner:
     def put(self, slot: int, adapter: Adapter | None) -> None:
         """Let a slot's sequence run with this adapter, None for the plain base. Its factors are copied."""
         self._adapters[slot] = None
-        rank = max((_rank(one) for one in (*self._adapters, adapter) if one is not None), default=0)
-        have = self._factors[0].qkv.rank if self._factors else 0
-        self._adapters[slot] = adapter
         if adapter is None:
             return
-        if have < rank or have > 2 * rank:
+        rank = self._rank_with(adapter)
+        self._adapters[slot] = adapter
+        refill = [slot]
+        if rank != self._rank:
+            self._factors = []  # freed before the new ones are made
             self._factors = [self._new_places(layer, rank) for layer in self._layers]
             refill = [number for number, one in enumerate(self._adapters) if one is not None]
-        else:
-            refill = [slot]
         for number in refill:
             self._fill(number)
 
     @property
+    def _rank(self) -> int:
+        """What the slots' factors have room for."""
+        return self._factors[0].qkv.rank if self._factors else 0
+
+    def _rank_with(self, adapter: Adapter) -> int:
+        """What they have room for once this adapter is among them: more where it must, less where that halves it."""
+        needed = max(_rank(one) for one in (*self._adapters, adapter) if one is not None)
+        return self._rank if needed <= self._rank <= 2 * needed else needed
+
+    @property
     def factor_bytes(self) -> int:
         """Of the slots' factors."""
-        places = (place for layer in self._factors for place in layer)
-        return sum(t.nbytes for place in places for t in (place.A, *place.B))
+        return self._rank * self._bytes_per_rank
+
+    def factor_bytes_with(self, adapter: Adapter) -> int:
+        """Of the slots' factors once this adapter is among them."""
+        return self._rank_with(adapter) * self._bytes_per_rank
+
+    @property
+    def _bytes_per_rank(self) -> int:
+        linears = [
+            linear for layer in self._layers for group in layer.read.frozen.linears for linear in group
+        ]
+        return self.cache.shape.slots * sum(sum(one.weight.shape) for one in linears) * torch.float32.itemsize
 
     def _new_places(self, layer: _Layer, rank: int) -> Groups[Place]:
         slots, device = self.cache.shape.slots, self.cache.k.device
         return Groups(
             *(
-                new_place(slots, rank, group[0].weight.shape[1], [one.weight.shape[0] for one in group], device)
+                new_place(
+                    slots, rank, group[0].weight.shape[1], [one.weight.shape[0] for one in group], device
+                )
                 for group in layer.read.frozen.linears
             )
         )
@@ -155,7 +180,9 @@ class Runner:
 
     def _batch(self, rows: Sequence[Row]) -> _Batch:
         shape, device = self.cache.shape, self.cache.k.device
-        positions = torch.cat([torch.arange(row.start, row.start + len(row.tokens)) for row in rows]).to(device)
+        positions = torch.cat([torch.arange(row.start, row.start + len(row.tokens)) for row in rows]).to(
+            device
+        )
         slots = torch.tensor([row.slot for row in rows for _ in row.tokens], device=device)
         heads = torch.arange(shape.heads, device=device)
         places = (slots[:, None] * shape.heads + heads) * shape.context + positions[:, None]
@@ -166,7 +193,10 @@ class Runner:
             segments([AdapterRow(len(row.tokens), row.slot, self._adapters[row.slot]) for row in rows]),
             spans,
             {window: [span_mask(span, own, window) for span, own in parts] for window in windows},
-            {kind: table._replace(cos=table.cos[positions], sin=table.sin[positions]) for kind, table in self._rotations.items()},
+            {
+                kind: table._replace(cos=table.cos[positions], sin=table.sin[positions])
+                for kind, table in self._rotations.items()
+            },
             places.flatten(),
         )
 
@@ -275,6 +305,3 @@ def _norm(x: Tensor, spec: Norm | None) -> Tensor:
     if spec.centred or spec.weight.ndim > 1 or x.dtype != spec.weight.dtype:
         return norm(x, spec)
     return F.rms_norm(x, spec.weight.shape, spec.weight, spec.eps)
-
-
-

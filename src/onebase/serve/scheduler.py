@@ -67,7 +67,9 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Let a job wait. Raises QueueFull."""
         if self.waiting >= self._queue:
-            raise QueueFull(f"request {job.id}", f"{self.waiting} requests wait already", hint="ask again later")
+            raise QueueFull(
+                f"request {job.id}", f"{self.waiting} requests wait already", hint="ask again later"
+            )
         self._waiting.setdefault(job.group, deque()).append(job)
 
     def candidate(self) -> Job | None:
@@ -88,7 +90,8 @@ class Scheduler:
 
     def start(self, job: Job, slot: int, done: int = 0) -> None:
         """The candidate runs from now on, in a free slot; `done` of its tokens need not be computed."""
-        assert slot in self.free and done < job.prompt
+        assert slot in self.free
+        assert done < job.prompt
         self._take(job)
         if job.group in self._waiting:  # its next job waits for the group's next turn
             self._waiting[job.group] = self._waiting.pop(job.group)

@@ -13,7 +13,9 @@ def some(rank, seed):
     draw = torch.Generator().manual_seed(seed)
 
     def one(out):
-        return Factors(torch.randn(rank, FEATURES, generator=draw), torch.randn(out, rank, generator=draw), 0.5 * seed)
+        return Factors(
+            torch.randn(rank, FEATURES, generator=draw), torch.randn(out, rank, generator=draw), 0.5 * seed
+        )
 
     return [one(out) for out in OUTS]
 

@@ -1,6 +1,5 @@
 """The pool: what is found, refused, kept and let go; and requests that outlive their adapter's files."""
 
-import os
 import shutil
 
 import pytest
@@ -40,7 +39,7 @@ def test_a_folder_is_searched_and_the_broken_are_refused_with_the_reason(base, t
     assert pool.names() == ["a0", "a1"]
     assert [*pool.refused()] == ["cut"]
     assert "cut short" in pool.refused()["cut"]
-    with pytest.raises(UnknownAdapter, match="refused.*cut short"):
+    with pytest.raises(UnknownAdapter, match=r"refused.*cut short"):
         pool.find("cut")
     with pytest.raises(UnknownAdapter, match="a0"):
         pool.find("a00")
@@ -101,6 +100,25 @@ def test_under_a_small_budget_every_request_is_answered(base, tmp_path):
     assert engine.pool.bytes <= engine.pool.budget
 
 
+def test_one_budget_holds_keys_adapters_and_the_slots_factors(base, tmp_path):
+    """Rank 8 in 3 slots fits alone: it waits for the others, and answers; with a byte less it fails, they go on."""
+    made = adapter_folder(tmp_path, base, 3)
+    probe = make_engine(base, tmp_path)
+    probe.generate([Request("r", PROMPT, "a2", max_tokens=1)])
+    most = probe.stats().kv_bytes + probe.stats().adapter_bytes
+    names = ["a0", "a2", "a1", "a2", "a0"]
+    requests = [Request(str(n), PROMPT, name, max_tokens=4) for n, name in enumerate(names)]
+    for total, finish in ((most, "length"), (most - 1, "error")):
+        engine = make_engine(base, tmp_path, kv_and_adapter_bytes=total)
+        for request, result in zip(requests, engine.generate(requests), strict=True):
+            stats = engine.stats()
+            assert stats.kv_bytes + stats.adapter_bytes <= total
+            if request.adapter == "a2":
+                assert result.finish == finish
+            else:
+                assert result.tokens == alone(base, made[request.adapter], PROMPT, 4)[0]
+
+
 def test_a_changed_adapter_is_new_for_new_requests_and_old_for_running_ones(base, tmp_path):
     made = adapter_folder(tmp_path, base, 1)
     other = trained(base.model, LoraConfig(rank=2, alpha=8), seed=9)
@@ -109,8 +127,8 @@ def test_a_changed_adapter_is_new_for_new_requests_and_old_for_running_ones(base
     events = engine.step() + engine.step()
     tensors = tmp_path / "a0" / "adapter_model.safetensors"
     save_adapter(other, tmp_path / "new")
-    for name in os.listdir(tmp_path / "new"):  # in place, as PEFT writes: a mapped file would change
-        (tmp_path / "a0" / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    for file in (tmp_path / "new").iterdir():  # in place, as PEFT writes: a mapped file would change
+        (tmp_path / "a0" / file.name).write_bytes(file.read_bytes())
     shutil.rmtree(tmp_path / "new")
     engine.pool.refresh()
     engine.add_request(Request("new", PROMPT, "a0", max_tokens=8))

@@ -24,7 +24,15 @@ def submit(scheduler, *jobs):
 
 def test_groups_take_turns_and_each_is_first_come_first_served():
     scheduler = Scheduler(slots=10, queue=10, chunk=8)
-    submit(scheduler, ("a1", "a", 2), ("a2", "a", 2), ("a3", "a", 2), ("b1", "b", 2), ("c1", "c", 2), ("b2", "b", 2))
+    submit(
+        scheduler,
+        ("a1", "a", 2),
+        ("a2", "a", 2),
+        ("a3", "a", 2),
+        ("b1", "b", 2),
+        ("c1", "c", 2),
+        ("b2", "b", 2),
+    )
     assert started(scheduler) == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
@@ -134,5 +142,6 @@ def test_whatever_comes_every_job_is_computed_whole_and_in_turn(jobs, slots, chu
                 scheduler.remove(one.id)
         if not scheduler.running and not scheduler.waiting:
             break
-    assert not scheduler.running and not scheduler.waiting
+    assert not scheduler.running
+    assert not scheduler.waiting
     assert all(computed[n] == jobs[int(n)][1] + jobs[int(n)][2] - 1 for n in computed if n not in gone)

@@ -43,7 +43,10 @@ def test_the_pieces_are_the_text_up_to_the_first_stop(text, stops):
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     ends = [end for end, _ in found]
     wanted = text if not found else text[: min(start for end, start in found if end == min(ends))]
-    assert "".join(pieces(ids, stops)) in {wanted, text[: min((start for _, start in found), default=len(text))]}
+    assert "".join(pieces(ids, stops)) in {
+        wanted,
+        text[: min((start for _, start in found), default=len(text))],
+    }
 
 
 @given(st.text(alphabet="aé€😀 b\n", max_size=20))

@@ -119,6 +119,8 @@ def test_a_listener_that_fails_loses_its_own_request_alone(worker, caplog):
         raise RuntimeError("its loop is closed")
 
     worker.submit(Request("bad", (3, 4), max_tokens=40), bad).result(60)
-    worker.submit(Request("good", (3, 4), max_tokens=8), lambda e: over.set() if e.finish else None).result(60)
+    worker.submit(Request("good", (3, 4), max_tokens=8), lambda e: over.set() if e.finish else None).result(
+        60
+    )
     assert over.wait(60)
     assert "a listener of request bad failed" in caplog.text
