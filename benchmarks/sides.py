@@ -83,7 +83,7 @@ WORKS = {
     "peft": _peft(tuned=False),
     "peft_tuned": _peft(tuned=True),
 }
-KEPT = "_kept"  # behind a peer's name: under our allocator settings, which our own sides always have
+KEPT = "_kept"  # behind a side's name: under an allocator that keeps its pages (workload.keep_pages)
 TRL = "trl"  # its trainer has its own loop
 
 
@@ -186,13 +186,15 @@ TASKS = {"speed": speed, "memory": memory, "compare": compare}
 def main(given: argparse.Namespace) -> None:
     *place, task = given.work
     side = given.side.removesuffix(KEPT)
-    if side != given.side or side.startswith("ours"):
+    if side != given.side:
         keep_pages()
     print(json.dumps(TASKS[task](side, Place(*place))))
 
 
 if __name__ == "__main__":
     made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--side", required=True, help=", ".join([*WORKS, TRL]) + f"; {KEPT}: our allocator's")
+    made.add_argument(
+        "--side", required=True, help=", ".join([*WORKS, TRL]) + f"; {KEPT}: an allocator that keeps pages"
+    )
     made.add_argument("--work", nargs=4, required=True, help=f"base, folder, dtype, {' or '.join(TASKS)}")
     main(made.parse_args())

@@ -1,8 +1,8 @@
 """Training speed on the same batches: onebase without sharing prompts, PEFT plain and tuned, TRL, and the bound.
 
 Tokens a second that are not padding, on E2E rows in a seeded order, rank 8 on all linear layers, AdamW. Each run is a
-fresh process, the sides in turn, the first two steps not timed. The peers run as their users run them, and once more
-under our allocator settings (`_kept`). Tuned PEFT batches the same rows by length and computes logits only where there
+fresh process, the sides in turn, the first two steps not timed. All run as their users run them, and once more
+under an allocator that keeps its pages (`_kept`). Tuned PEFT batches the same rows by length and computes logits only where there
 is loss. TRL's defaults include gradient checkpointing; it draws its own order of the same rows (trl_trainer.py).
 The bound is what the step's matrix products take at the fastest speed that any of their shapes reaches, measured in
 the process of each of our runs.
@@ -33,7 +33,7 @@ def compare_speed(
 ) -> None:
     """Gate, timed runs in turn, tables and the result; the first side is ours, a second `ours...` has no gate."""
     own, *others = sides
-    peers = [*others, *(one + KEPT for one in others if not one.startswith("ours") and given.kept)]
+    peers = [*others, *(one + KEPT for one in sides if given.kept)]
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(given, folder, order)
         passed = gates(name, place, own)
