@@ -5,7 +5,7 @@ encode all rows, make an adapter of the same shape and take the first step on th
 users get by default: it checks the rows, proves the engine on the model and hashes the base. Its step ends when it has
 written the step's line to metrics.jsonl; the script tells the time itself. One run of each goes before, so that the
 disk's cache is warm and onebase remembers the base's fingerprint, as on any run of a base but the first. `peft_kept` is
-the script under our allocator settings.
+the script under an allocator that keeps its pages.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training speed on the same batches: onebase without sharing prompts, PEFT plain and tuned, TRL, and the bound.
 
 Tokens a second that are not padding, on E2E rows in a seeded order, rank 8 on all linear layers, AdamW. Each run is a
-fresh process, the sides in turn, the first two steps not timed. All run as their users run them, and once more
-under an allocator that keeps its pages (`_kept`). Tuned PEFT batches the same rows by length and computes logits only where there
-is loss. TRL's defaults include gradient checkpointing; it draws its own order of the same rows (trl_trainer.py).
+fresh process, the sides in turn, the first two steps not timed. All run as their users run them, and once more under an
+allocator that keeps its pages (`_kept`). Tuned PEFT batches the same rows by length and computes logits only where
+there is loss. TRL's defaults include gradient checkpointing; it draws its own order of the same rows (trl_trainer.py).
 The bound is what the step's matrix products take at the fastest speed that any of their shapes reaches, measured in
 the process of each of our runs.
 """
@@ -74,7 +74,7 @@ def speed_options(made: argparse.ArgumentParser, peers: Sequence[str]) -> argpar
     made.add_argument(
         "--peers", nargs="*", default=peers, choices=peers, help="the peers to run (default: all)"
     )
-    text = "also run each peer under our allocator settings (default: yes)"
+    text = "also run each side under an allocator that keeps its pages (default: yes)"
     made.add_argument("--kept", action=argparse.BooleanOptionalAction, default=True, help=text)
     return made
 

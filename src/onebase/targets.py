@@ -157,6 +157,7 @@ def match(model: nn.Module, config: LoraConfig) -> Coverage:
         asked = _show(config.target_modules or config.target_parameters)
         raise TargetError(f"target_modules {asked}", "nothing is left to adapt")
     targets = tuple(_target(p, (candidates | named)[p], spellings[p], config) for p in kept)
+    _check_room(targets, config)
     _check_dropout(targets, config)
     _check_patterns(config, [spellings[path] for path in kept])
     uneven = () if config.target_modules == ALL_LINEAR else _uneven(kept, stacks, config.layers)
@@ -310,13 +311,24 @@ def _uneven(paths: Iterable[str], stacks: Mapping[str, set[int]], text: str) -> 
     )
 
 
+def _check_room(targets: Sequence[Target], config: LoraConfig) -> None:
+    """`all-linear` may mean a layer that is smaller than the rank, not none that is large enough."""
+    widest = max(targets, key=lambda target: min(target.site.shape), default=None)
+    if widest and config.target_modules == ALL_LINEAR and widest.rank > min(widest.site.shape):
+        raise _too_much(widest.path, widest.site, widest.rank)
+
+
+def _too_much(path: str, site: Site, rank: int) -> TargetError:
+    features, out = site.shape
+    found = f"the weight is {out} x {features}, so a rank above {min(site.shape)} adds nothing"
+    return TargetError(f"rank {rank} for {path}", found)
+
+
 def _target(path: str, site: Site, spellings: Sequence[str], config: LoraConfig) -> Target:
     rank = pattern_value(config.ranks, spellings, config.rank)
     # `all-linear` also means layers that are smaller than the rank, such as a router or a classifier.
     if rank > min(site.shape) and not (config.target_modules == ALL_LINEAR and rank == config.rank):
-        features, out = site.shape
-        found = f"the weight is {out} x {features}, so a rank above {min(site.shape)} adds nothing"
-        raise TargetError(f"rank {rank} for {path}", found)
+        raise _too_much(path, site, rank)
     alpha = pattern_value(config.alphas, spellings, config.alpha)
     return Target(path, site, rank, start_scale(rank, alpha, config))
 

@@ -18,7 +18,7 @@ def flags(place: Place, folder: Path, *more: str) -> list[str]:
 
 
 def test_a_sweep_from_plan_to_table(place: Place, tmp_path: Path, capsys):
-    grid = ["--rank", "2,3", "--lr", "1e-2,1e30", "--clip", "0", "--target-modules", "q_proj,up_proj"]
+    grid = ["--rank", "2,3", "--lr", "1e-2,1e30", "--clip", "0"]
     assert main(flags(place, tmp_path / "sweep", *grid, "--plan")) == 0
     shown = capsys.readouterr().out
     assert "rank-2_lr-1e-2" in shown
@@ -31,14 +31,12 @@ def test_a_sweep_from_plan_to_table(place: Place, tmp_path: Path, capsys):
     assert [row["ended"] for row in rows] == ["completed", "completed", "failed", "failed"]
     assert rows[0]["loss"] <= rows[1]["loss"]
     assert f"{rows[0]['loss']:.4f}" in shown
-    adapter = read_adapter(tmp_path / "sweep" / "rank-3_lr-1e-2")
-    assert adapter.config.rank == 3
-    assert adapter.config.target_modules == ("q_proj", "up_proj")
+    assert read_adapter(tmp_path / "sweep" / "rank-3_lr-1e-2").config.rank == 3
 
 
 def test_a_sweep_from_a_file_resumes(place: Place, tmp_path: Path, capsys):
     file = tmp_path / "sweep.yaml"
-    file.write_text("rank: 2\nseed: 1,2\nrslora: true\ntogether: 1\n")
+    file.write_text("rank: 2\nseed: 1,2\nrslora: true\ntarget_modules: q_proj,v_proj\ntogether: 1\n")
     given = flags(place, tmp_path / "sweep", "--config", str(file))
     assert main(given) == 0
     assert main(given) == 2
@@ -46,7 +44,9 @@ def test_a_sweep_from_a_file_resumes(place: Place, tmp_path: Path, capsys):
     first = (tmp_path / "sweep" / "sweep.json").read_text()
     assert main([*given, "--resume"]) == 0
     assert (tmp_path / "sweep" / "sweep.json").read_text() == first
-    assert read_adapter(tmp_path / "sweep" / "seed-2").config.rslora
+    config = read_adapter(tmp_path / "sweep" / "seed-2").config
+    assert config.rslora
+    assert config.target_modules == ("q_proj", "v_proj")
 
 
 def test_where_every_run_fails_the_exit_code_says_so(place: Place, tmp_path: Path):

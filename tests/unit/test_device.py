@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from onebase.device import machine, pick_device, pick_dtype
+from onebase.device import available_memory, machine, pick_device, pick_dtype
 from onebase.errors import ConfigError
 
 
@@ -63,6 +63,10 @@ def test_peak_memory_is_in_bytes_and_grows_with_use():
     before, held, after = map(int, done.stdout.split())
     assert before > 50_000_000, "an interpreter with torch in it holds more"
     assert held < after < before + held + 100_000_000
+
+
+def test_available_memory_is_a_part_of_the_machines():
+    assert 2**20 < available_memory() < machine()["ram_bytes"]
 
 
 def test_machine_facts_are_json_ready():

@@ -41,11 +41,12 @@ def run(base, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "measure_speeds", lambda *_: dict.fromkeys(parts, 1.0))
     path = write_rows(tmp_path / "rows.jsonl", QUESTIONS)
 
-    def make(share=False, **options):
-        config = build(TrainConfig, {"data": path, "holdout": 3, "batch_size": 4, "rank": 2, **options})
+    def make(**options):
+        few = {"data": path, "holdout": 3, "batch_size": 4, "rank": 2, "engine": "packed"}
+        config = build(TrainConfig, few | options)
         ready = prepare(base, config)
         plan = make_plan(base, config, ready)
-        return forecast(base, config, ready, plan, share), config, ready, plan
+        return forecast(base, config, ready, plan), config, ready, plan
 
     return make
 
@@ -94,7 +95,7 @@ def test_shared_prompts_and_padding_change_the_tokens(run):
     packed, config, ready, plan = run(max_steps=6)
     groups = prompt_groups(ready.data.train_rows.rows)
     stored = sum(load_of(batch, True).tokens for batch in epoch_loads(ready, config, groups))
-    shared = run(share=True, max_steps=6)[0]
+    shared = run(engine="auto", group_prompts=True, max_steps=6)[0]
     assert stored < plan.tokens
     assert shared.parts[FACTORS] / packed.parts[FACTORS] == pytest.approx(stored / plan.tokens)
     padded = run(engine="padded", max_steps=6)[0]
