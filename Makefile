@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/onebase demo
 
 test: setup lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: setup lint types fast
 

@@ -31,7 +31,6 @@ from benchmarks.workload import (
     EXACT,
     WARM_UP,
     Place,
-    keep_pages,
     on_peft,
     open_base,
     open_plain,
@@ -280,8 +279,6 @@ if __name__ == "__main__":
     made.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     asked = made.parse_args()
     if asked.side:
-        if asked.side != "peft_processes":
-            keep_pages()
         *where, number = asked.work
         print(json.dumps(STARTS[asked.side](Place(*where), int(number))))
     else:

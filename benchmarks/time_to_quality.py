@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.common import Gate, Result, checked, conclude, in_fresh_process, parser, show
 from benchmarks.variants import split
-from benchmarks.workload import Place, keep_pages, load_rows, open_base, options
+from benchmarks.workload import Place, load_rows, open_base, options
 from onebase.config import LoraConfig
 from onebase.evaluation import evaluate
 from onebase.format import load_adapter
@@ -96,7 +96,6 @@ def with_our_defaults(task: Task) -> Curve:
 
 
 def _ours(task: Task, settings: dict[str, Any]) -> Curve:
-    keep_pages()
     curve: Curve = []
 
     def listen(event: object) -> None:

@@ -200,8 +200,10 @@ class ParameterLayer(Wrapper):
         slots = self.slot(name)
         if slots is None:
             return self.base
+        # Contiguous, as the base's own: another layout may go to another kernel, which rounds differently.
         return _with_tensors(
-            self.base, {p: merged_weight(self.base.get_parameter(p), s.low()) for p, s in slots.items()}
+            self.base,
+            {p: merged_weight(self.base.get_parameter(p), s.low()).contiguous() for p, s in slots.items()},
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
