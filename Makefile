@@ -29,7 +29,7 @@ types: setup
 	$(BIN)/pyright
 
 fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' tests/arch tests/unit
 
 # Hours on an idle machine; see benchmarks/common.py. One alone: .venv/bin/python -m benchmarks.NAME
 BENCHMARKS := train_throughput shared_prefix train_memory cold_start joint_training time_to_quality plan_error \
