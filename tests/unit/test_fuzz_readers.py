@@ -25,6 +25,8 @@ from onebase.errors import OnebaseError
 from onebase.format import CONFIG, TENSORS, read_adapter, save_adapter
 from onebase.shards import DTYPES, SINGLE, TensorInfo, list_tensors, read_tensor
 
+pytestmark = pytest.mark.slow
+
 CORPUS = Path(__file__).parents[1] / "corpus"
 HEALTHY = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
 FACTORS = {

@@ -20,6 +20,8 @@ from onebase.models.engine import Engine, engine_problem
 from onebase.models.families import FAMILIES, Family
 from onebase.models.reading import Unsupported
 
+pytestmark = pytest.mark.slow
+
 # Two trees and a lone row; the second node's children do not stand beside it.
 NODES = [(0, 5, -1), (5, 3, 0), (8, 4, 0), (12, 2, 2), (14, 1, 2), (15, 7, -1), (22, 3, -1), (25, 2, 6)]
 

@@ -12,6 +12,8 @@ from onebase.injection import adapter_dropout, inject, trainable, use
 from onebase.models.engine import Engine
 from onebase.models.reading import Unsupported
 
+pytestmark = pytest.mark.slow
+
 # Four adapters that differ in rank, scale, places and start. Two of them adapt not every projection or layer.
 MEMBERS = {
     "small": {"rank": 2, "alpha": 4},

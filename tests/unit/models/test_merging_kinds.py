@@ -19,6 +19,8 @@ from onebase.models.merging import check_merge, open_skeleton, plan_merge
 from onebase.shards import SINGLE
 from tiny import CONFIGS, tiny, tiny_inputs
 
+pytestmark = pytest.mark.slow
+
 LOADERS = {"t5": T5ForConditionalGeneration, "vit": ViTForImageClassification}
 LORA = {"rank": 2, "alpha": 3}
 CASES = [(arch, "lora", LORA) for arch in ("mixtral", "qwen3-moe", "gpt-oss", "t5", "vit")]

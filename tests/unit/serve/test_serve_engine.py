@@ -18,6 +18,8 @@ from serving import adapter_folder, alone, drained, make_engine, prompts, tokens
 from texts import text_base, tokenizer
 from tiny import tiny
 
+pytestmark = pytest.mark.slow
+
 NAMES = (None, "a0", "a1", "a2")
 LONGEST = 8
 

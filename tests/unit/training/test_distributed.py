@@ -30,6 +30,8 @@ from onebase.training.optim import make_optimizer
 from onebase.training.step import train_step
 from tiny import tiny
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (17, 4, 9, 4, 12, 6, 8)
 WAYS = ("engine", "packed", "padded")
 

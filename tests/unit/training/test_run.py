@@ -33,6 +33,8 @@ from onebase.training.record import RunRecord
 from onebase.training.run import LOCK, METRICS, OPTIONS, read_config, train
 from texts import CHATS, QUESTIONS, TEXTS, save_base, text_base, write_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "rank": 2,
     "lr": 1e-2,

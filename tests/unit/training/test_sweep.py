@@ -16,6 +16,8 @@ from onebase.training.run import LOCK, METRICS, train
 from onebase.training.sweep import RESULTS, SweepPlan, foresee_sweep, sweep
 from texts import QUESTIONS, text_base, write_rows
 
+pytestmark = pytest.mark.slow
+
 # 27 rows: 23 to train on, so 6 steps of 2 x 2 rows in an epoch (the last one short) and 8 in all.
 OPTIONS = {
     "alpha": 8,

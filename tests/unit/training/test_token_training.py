@@ -19,6 +19,8 @@ from onebase.training.prepare import prepare
 from onebase.training.run import read_config, train
 from texts import QUESTIONS, save_base, text_base, text_model, tokenizer, write_rows
 
+pytestmark = pytest.mark.slow
+
 TOKENS = ["<tool>", "<|im_start|>", "id:70", "</tool>"]
 OPTIONS = {
     "rank": 2,

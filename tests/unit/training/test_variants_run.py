@@ -20,6 +20,8 @@ from onebase.training.run import train
 from onebase.variants import INITS
 from texts import QUESTIONS, text_base, write_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"rank": 4, "lr": 1e-2, "batch_size": 4, "max_steps": 4, "holdout": 3, "samples": 0, "save_every": 1}
 VARIANTS = {
     "pissa with dora": {"init": "pissa", "dora": True, "rslora": True},
