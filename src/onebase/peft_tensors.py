@@ -13,10 +13,10 @@ from onebase.adapter import Adapter, LowRank
 from onebase.config import LoraConfig
 from onebase.kinds import is_parameter
 from onebase.peft_config import TargetSpec
+from onebase.peft_tokens import PREFIX
 from onebase.targets import name_matches, pattern_reader, spec_matches
 from onebase.variants import scaling
 
-_PREFIX = "base_model.model."
 _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, belongs to an embedding)
     ".lora_A.weight": ("A", False),
     ".lora_B.weight": ("B", False),
@@ -48,9 +48,9 @@ def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
             names |= {side: end for end, (side, embedding) in _SIDES.items() if embedding}
         if stored.endswith(_OUTPUT):
             low = low._replace(B=low.B / 2)
-        tensors |= {_PREFIX + stored + names[side]: t for side, t in _peft_layout(low).items()}
+        tensors |= {PREFIX + stored + names[side]: t for side, t in _peft_layout(low).items()}
     for path, state in adapter.full.items():
-        tensors |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
     return tensors
 
 
@@ -106,10 +106,10 @@ def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> Parts
     copies: dict[str, Tensor] = {}
     odd: list[str] = []
     for key, tensor in tensors.items():
-        name, wide = key.removeprefix(_PREFIX), tensor.to(torch.float32)
+        name, wide = key.removeprefix(PREFIX), tensor.to(torch.float32)
         end = next((end for end in _SIDES if name.endswith(end)), None)
         path = _saved_path(name, saved)
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             odd.append(f"{key}: unexpected name")
         elif end is not None:
             side, embedding = _SIDES[end]

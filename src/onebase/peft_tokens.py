@@ -13,12 +13,13 @@ from onebase.targets import name_matches
 from onebase.tokens import token_places
 
 INDICES = "trainable_token_indices"
-_PREFIX, _END = "base_model.model.", ".token_adapter.trainable_tokens_delta"  # a delta in name only: the rows
+PREFIX = "base_model.model."  # what PEFT puts before every module's path
+_END = ".token_adapter.trainable_tokens_delta"  # a delta in name only: the rows
 
 
 def to_peft_rows(adapter: Adapter) -> dict[str, Tensor]:
     """The rows under PEFT's tensor names."""
-    return {f"{_PREFIX}{path}{_END}": tokens.rows for path, tokens in adapter.tokens.items()}
+    return {f"{PREFIX}{path}{_END}": tokens.rows for path, tokens in adapter.tokens.items()}
 
 
 def to_peft_indices(adapter: Adapter) -> dict[str, list[int]]:
@@ -62,9 +63,9 @@ def take_rows(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> Sorted:
     problems: list[str] = []
     others = {name: tensor for name, tensor in tensors.items() if not name.endswith(_END)}
     for name in sorted(tensors.keys() - others.keys()):
-        path, rows = name.removeprefix(_PREFIX).removesuffix(_END), tensors[name].to(torch.float32)
+        path, rows = name.removeprefix(PREFIX).removesuffix(_END), tensors[name].to(torch.float32)
         ids = next((ids for key, ids in _lists(raw) if not key or name_matches(key, path)), None)
-        if ids is None or not name.startswith(_PREFIX):
+        if ids is None or not name.startswith(PREFIX):
             problems.append(f"{name}: unexpected, {INDICES} does not name it")
         elif rows.ndim != 2 or len(rows) != len(ids):
             problems.append(f"{name}: shape {tuple(rows.shape)}, but {INDICES} has {len(ids)} ids for it")

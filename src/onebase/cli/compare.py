@@ -11,8 +11,9 @@ from rich.text import Text
 from onebase.adapter import Adapter
 from onebase.cli.configs import CompareConfig
 from onebase.cli.console import console, table
-from onebase.cli.doctor import Opened, open_base, plain_screen, read_prompts
+from onebase.cli.doctor import Opened, open_base, plain_screen
 from onebase.cli.pictures import heat_map
+from onebase.cli.using import read_prompts
 from onebase.config import Sampling, build
 from onebase.diagnosis.comparison import Pair, compare, summary
 from onebase.errors import ConfigError

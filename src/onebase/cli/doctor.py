@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -13,14 +12,14 @@ from onebase.adapter import Adapter
 from onebase.cli.configs import DoctorConfig
 from onebase.cli.console import console, say
 from onebase.cli.pictures import bar, heat_map
+from onebase.cli.using import read_prompts
 from onebase.config import build
 from onebase.diagnosis.case import Case, Finding
 from onebase.diagnosis.checkup import diagnose, verdict
 from onebase.diagnosis.salvage import Salvage, salvage
-from onebase.errors import ConfigError, DataError, MissingFile, OnebaseError, nearest
+from onebase.errors import ConfigError, OnebaseError
 from onebase.fitting import fit_problems, with_kinds
 from onebase.models.base import Base, load_base
-from onebase.models.merging import PROMPTS
 from onebase.models.probing import effect_of
 from onebase.training.record import json_ready
 
@@ -63,23 +62,6 @@ def open_base(asked: str, recorded: str, dtype: str) -> Opened:
         if asked:
             raise
         return Opened(None, f"the recorded base cannot be opened ({error.asked}: {error.found}): give --base")
-
-
-def read_prompts(file: str) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; three short ones where none is named. Raises MissingFile, DataError."""
-    if not file:
-        return PROMPTS
-    path = Path(file).expanduser()
-    if not path.is_file():
-        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise MissingFile(f"prompts {path}", "no such file", nearest(path.name, beside))
-    try:
-        lines = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"prompts {path}", f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    if not lines:
-        raise DataError(f"prompts {path}", "it holds no prompt")
-    return lines
 
 
 def _case(alone: Salvage, opened: Opened, prompts: tuple[str, ...]) -> Case:

@@ -9,13 +9,13 @@ import torch
 
 from onebase.cli.configs import MergeConfig
 from onebase.cli.console import console, table
-from onebase.cli.using import base_name
+from onebase.cli.using import base_name, read_prompts
 from onebase.config import build
-from onebase.errors import ConfigError, DataError, MissingFile
+from onebase.errors import ConfigError
 from onebase.merge import MergePlan
 from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.base import locate_base
-from onebase.models.merging import PROMPTS, MergeCheck, check_merge, open_pair, plan_for
+from onebase.models.merging import MergeCheck, check_merge, open_pair, plan_for
 from onebase.training.report import size
 
 
@@ -25,7 +25,7 @@ def run(options: dict[str, Any]) -> int:
     for name in ("adapter", "output"):
         if not getattr(config, name):
             raise ConfigError(f"option {name}", "not given", hint=f"give --{name} FOLDER")
-    prompts = _prompts(config)
+    prompts = read_prompts(config.prompts)
     folder = locate_base(base_name(config.base, config.adapter))
     base, adapter = open_pair(folder, config.adapter, config.allow_base_mismatch)
     plan = plan_for(base, adapter)
@@ -40,18 +40,6 @@ def run(options: dict[str, Any]) -> int:
 def _how(config: MergeConfig) -> OutputOptions:
     dtype = None if config.dtype == "stored" else getattr(torch, config.dtype)
     return OutputOptions(dtype, round(config.shard_size * 1e9))
-
-
-def _prompts(config: MergeConfig) -> tuple[str, ...]:
-    if not config.prompts:
-        return PROMPTS
-    path = Path(config.prompts)
-    if not path.is_file():
-        raise MissingFile(f"prompts {path}", "no such file")
-    lines = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not lines:
-        raise DataError(f"prompts {path}", "it holds no prompt")
-    return lines
 
 
 def _written(plan: MergePlan, output: Path) -> list[tuple[str, str]]:

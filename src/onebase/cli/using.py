@@ -1,12 +1,15 @@
-"""What a command works with: its base and adapter, from `--base` and `--adapter`."""
+"""What commands work with: base and adapter, from `--base` and `--adapter`, and the prompts of `--prompts`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from onebase.adapter import Adapter
 from onebase.cli.configs import WithAdapter
-from onebase.errors import BaseError
+from onebase.errors import BaseError, DataError, MissingFile, nearest
 from onebase.format import load_adapter, read_adapter
 from onebase.models.base import Base, load_base
+from onebase.models.merging import PROMPTS
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -26,3 +29,20 @@ def base_name(given: str, adapter: str) -> str:
         found = "it does not say which base it was made for"
         raise BaseError(f"adapter {adapter}", found, hint="give --base")
     return name
+
+
+def read_prompts(file: str) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; three short ones where none is named. Raises MissingFile, DataError."""
+    if not file:
+        return PROMPTS
+    path = Path(file).expanduser()
+    if not path.is_file():
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise MissingFile(f"prompts {path}", "no such file", nearest(path.name, beside))
+    try:
+        lines = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompts {path}", f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    if not lines:
+        raise DataError(f"prompts {path}", "it holds no prompt")
+    return lines

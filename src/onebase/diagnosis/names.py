@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-PREFIX = "base_model.model."  # what PEFT puts before every module's path
+from onebase.peft_tokens import PREFIX
 
 
 class Repair(NamedTuple):

@@ -24,7 +24,6 @@ from onebase.ops.decoder import Call, Groups, Part, Updates, decoder_layer
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import normed
 from onebase.ops.prefix import Block, blocks
-from onebase.ops.rotary import Rotation
 
 # How far engine and model may be apart: (the loss, the gradient's norm), relative; wider for narrower dtypes.
 TOLERANCE = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 1e-3)}
@@ -78,7 +77,7 @@ class Engine:
             hidden = read.embed(torch.cat([layout.ids for layout in layouts]).to(device))
             if read.embedding != 1.0:
                 hidden = hidden * read.embedding
-        rotations = self._rotations(hidden, torch.cat([layout.positions for layout in layouts]))
+        rotations = read.rotations(torch.cat([layout.positions for layout in layouts]), hidden)
         masks = self._masks(hidden, layouts, edges)
         for number, layer in enumerate(read.layers):
             parts = [
@@ -98,20 +97,6 @@ class Engine:
                 states.split([len(own) for own, _ in picked]), picked, layouts, strict=True
             )
         ]
-
-    def _rotations(self, hidden: Tensor, positions: Tensor) -> dict[str | None, Rotation]:
-        """The angles of these positions, for each type of layer that rotates."""
-        positions = positions.to(hidden.device)[None]
-        found: dict[str | None, Rotation] = {}
-        for kind in {layer.rotary_type for layer in self._read.layers if layer.rotates}:
-            with torch.no_grad():
-                angles = self._read.rotary(hidden[None], positions, *([kind] if kind else []))
-            # transformers gives each pair's angle twice: once for each of its channels.
-            half = angles[0].shape[-1] // 2
-            once = slice(None, None, 2) if self._read.interleaved else slice(half)
-            cos, sin = (part[0, :, once] for part in angles)
-            found[kind] = Rotation(cos, sin, self._read.interleaved)
-        return found
 
     def _masks(
         self, hidden: Tensor, layouts: Sequence[Layout], starts: Sequence[int]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onebase.errors import BaseError
 from onebase.layers import LoraLayer, TrainedModule, Wrapper, bare, walk
@@ -19,6 +19,7 @@ from onebase.ops.cross_entropy import Head
 from onebase.ops.decoder import Attention, Groups, Layer, Norms
 from onebase.ops.norms import Norm
 from onebase.ops.prefix import Scoring
+from onebase.ops.rotary import Rotation
 
 HARMLESS = (nn.ModuleList, nn.Dropout)  # in eval mode, in which a base always trains
 
@@ -50,6 +51,21 @@ class ReadModel(NamedTuple):
     layers: tuple[ReadLayer, ...]
     norm: Norm
     head: Head
+
+    def rotations(self, positions: Tensor, like: Tensor) -> dict[str | None, Rotation]:
+        """The angles of these positions (T,), in `like`'s dtype, for each type of layer that rotates."""
+        found: dict[str | None, Rotation] = {}
+        for kind in {layer.rotary_type for layer in self.layers if layer.rotates}:
+            with torch.no_grad():
+                angles = self.rotary(
+                    like.new_empty(1, 1, 1), positions.to(like.device)[None], *([kind] if kind else [])
+                )
+            # transformers gives each pair's angle twice: once for each of its channels.
+            half = angles[0].shape[-1] // 2
+            once = slice(None, None, 2) if self.interleaved else slice(half)
+            cos, sin = (part[0, :, once].contiguous() for part in angles)
+            found[kind] = Rotation(cos, sin, self.interleaved)
+        return found
 
 
 def read_model(model: nn.Module, names: Sequence[str]) -> ReadModel:

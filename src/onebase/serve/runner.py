@@ -70,7 +70,7 @@ class Runner:
         spec = self._read.layers[0].frozen.attention
         shape = Shape(len(self._layers), slots, spec.kv_heads, context, spec.width)
         self.cache = Cache(shape, head.weight.dtype, head.weight.device)
-        self._rotations = _rotation_tables(self._read, context, head.weight)
+        self._rotations = self._read.rotations(torch.arange(context), head.weight)
         self._adapters: list[Adapter | None] = [None] * slots
         self._factors: list[Groups[Place]] = []
 
@@ -255,21 +255,6 @@ def _paths(model: nn.Module, read: ReadModel) -> list[Groups[list[str]]]:
         Groups(*([named[one.weight.data_ptr()] for one in group] for group in layer.frozen.linears))
         for layer in read.layers
     ]
-
-
-def _rotation_tables(read: ReadModel, context: int, like: Tensor) -> dict[str | None, Rotation]:
-    """The angles of every position, for each type of layer that rotates."""
-    positions = torch.arange(context, device=like.device)[None]
-    found: dict[str | None, Rotation] = {}
-    for kind in {layer.rotary_type for layer in read.layers if layer.rotates}:
-        with torch.no_grad():
-            angles = read.rotary(like.new_empty(1, 1, 1), positions, *([kind] if kind else []))
-        # transformers gives each pair's angle twice: once for each of its channels.
-        half = angles[0].shape[-1] // 2
-        once = slice(None, None, 2) if read.interleaved else slice(half)
-        cos, sin = (part[0, :, once].contiguous() for part in angles)
-        found[kind] = Rotation(cos, sin, read.interleaved)
-    return found
 
 
 def _spans(rows: Sequence[Row]) -> list[Span]:
