@@ -1,11 +1,8 @@
 """Real processes, really killed: what `onebase train --resume` makes is what an unbroken run would have made."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 
 from onebase.format import read_adapter
 from onebase.training import checkpoint
+from runs import environment, finished, launch, metrics, wait_for
 from texts import QUESTIONS, save_base, write_rows
 
 pytestmark = pytest.mark.slow
@@ -36,7 +34,6 @@ FLAGS = [
     *("--batch-size", "4", "--accumulate", "2", "--max-steps", "120", "--epochs", "100"),
     *("--save-every", "2", "--eval-every", "40"),
 ]
-PATIENCE = 120  # seconds until a process that does not move fails the test
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +42,11 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_base(folder / "base")
     write_rows(folder / "rows.jsonl", QUESTIONS)
-    quiet = {"ONEBASE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return folder, os.environ | quiet
+    return folder, environment(folder)
 
 
 def start(world, output, *flags):
-    folder, environment = world
-    return subprocess.Popen(
-        [*COMMAND, "--output", str(output), *flags],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process):
-    out, err = process.communicate(timeout=PATIENCE)
-    return process.returncode, out, err
+    return launch([*COMMAND, "--output", str(output), *flags], world[0])
 
 
 def first_time(world, output, *flags):
@@ -76,26 +59,6 @@ def whole(world):
     code, _, err = finished(first_time(world, output))
     assert code == 0, err
     return output
-
-
-def metrics(run: Path):
-    clock = ("seconds", "tokens_per_second")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in clock} for line in found]
-
-
-def wait_for(process, run: Path, count: int):
-    """Return once metrics.jsonl has this many lines, while the process is still running."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise AssertionError(f"it ended too soon: {process.communicate()}")
-        path = run / "metrics.jsonl"
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-    process.kill()
-    raise AssertionError("it does not move")
 
 
 def stored(run: Path):

@@ -3,16 +3,17 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import runs
 from onebase.format import read_adapter
 from onebase.training import checkpoint
+from runs import launch, metrics
 from texts import QUESTIONS, save_base, write_rows
 
 pytestmark = [
@@ -24,7 +25,9 @@ FLAGS = (
     "--base base --data rows.jsonl --dtype float32 --rank 4 --lr 0.01 --holdout 4 --samples 1 --batch-size 4 "
     "--accumulate 2 --epochs 100 --save-every 2 --eval-every 4 --eps 1e-3"  # AdamW then widens no rounding
 ).split()
-PATIENCE = 180  # seconds until a process that does not move fails the test
+PATIENCE = 180  # seconds: torchrun starts its processes one by one, and each imports everything
+finished = partial(runs.finished, patience=PATIENCE)
+wait_for = partial(runs.wait_for, patience=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +40,16 @@ def world(tmp_path_factory):
 
 
 def start(world, count, output, *flags):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    quiet = {"ONEBASE_HOME": str(world / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launch, "-m", "onebase", "train", "--output", output, *flags],
-        env=os.environ | quiet,
-        cwd=world,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     )
-
-
-def finished(process):
-    out, err = process.communicate(timeout=PATIENCE)
-    return process.returncode, out, err
+    return launch([sys.executable, *torchrun, "-m", "onebase", "train", "--output", output, *flags], world)
 
 
 def whole(world, count, output, *flags):
     code, out, err = finished(start(world, count, output, *flags))
     assert code == 0, err[-3000:]
     return world / output, out
-
-
-def metrics(run: Path):
-    clock = ("seconds", "tokens_per_second")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in clock} for line in found]
 
 
 def tensors(run: Path):
@@ -94,19 +80,6 @@ def worker(launcher, rank):
         if f"RANK={rank}".encode() in environment:
             return int(child)
     raise AssertionError(f"no process of rank {rank}")
-
-
-def wait_for(launcher, run: Path, lines: int):
-    """Return once metrics.jsonl has this many lines, while the processes are still running."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        assert launcher.poll() is None, launcher.communicate()
-        path = run / "metrics.jsonl"
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.002)
-    launcher.kill()
-    raise AssertionError("it does not move")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase.ops.attention import segmented_attention
 from onebase.ops.reference import attention_reference
+from watching import Largest
 
 # How much larger than the reference's own error against float64 the fast op's may be.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -125,16 +125,6 @@ def test_no_segment_sees_another(lengths, window, data):
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 9.0)])
 def test_nothing_of_size_t_squared_is_made(window, softcap):
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    self.size = max(self.size, tensor.numel())
-            return result
-
     lengths = (16,) * 32
     tensors = inputs(lengths, heads=2, kv_heads=2, width=4)
     with Largest() as largest:

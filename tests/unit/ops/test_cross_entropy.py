@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebase.ops.cross_entropy import Head, frozen_cross_entropy
 from onebase.ops.reference import cross_entropy_reference
 from pairs import draw
+from watching import Largest
 
 HEADS = {
     "plain": {},
@@ -86,16 +86,6 @@ def test_the_head_gets_no_gradient_and_no_graph_none():
 
 
 def test_the_logits_never_exist_whole():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    self.size = max(self.size, tensor.numel())
-            return result
-
     hidden, head, rows, ids = case(96, 4, 50, 200)
     with Largest() as largest:
         frozen_cross_entropy(hidden, head, rows, ids, chunk=16)
