@@ -30,13 +30,13 @@ from benchmarks.common import (
     random_update,
     show,
 )
-from onebase.adapter import Adapter
-from onebase.arithmetic import combine
-from onebase.combining import METHODS
+from onebase.adapters.adapter import Adapter
 from onebase.config import Recipe
-from onebase.format import read_adapter, save_adapter
 from onebase.models.base import locate_base
 from onebase.ops.lowrank import update
+from onebase.storage.format import read_adapter, save_adapter
+from onebase.transforms.arithmetic import combine
+from onebase.transforms.combining import METHODS
 
 WEIGHTS = (0.7, 0.3)
 DENSITY = 0.4

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import new_adapter
 from onebase.config import LoraConfig
-from onebase.injection import new_adapter
 
 PACKAGES = ("onebase", "torch", "transformers", "peft", "trl", "safetensors")
 SIDES = ("ours", "peer")

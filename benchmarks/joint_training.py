@@ -39,15 +39,15 @@ from benchmarks.workload import (
     read_batches,
     shuffled,
 )
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import eject, inject, new_adapter, trainable
 from onebase.config import LoraConfig
 from onebase.data.template import Encoded
 from onebase.data.trie import layout
-from onebase.format import load_adapter, save_adapter
-from onebase.injection import eject, inject, new_adapter, trainable
 from onebase.models.base import Base
 from onebase.models.engine import Engine
 from onebase.models.scoring import loss_tokens
+from onebase.storage.format import load_adapter, save_adapter
 
 NAME = "joint_training"
 EVERY = 0.02  # seconds between two readings of memory

@@ -23,17 +23,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from benchmarks.common import Gate, Result, show
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected, new_adapter
+from onebase.adapters.targets import adaptable
 from onebase.config import LoraConfig
-from onebase.export import portable
-from onebase.injection import injected, new_adapter
-from onebase.merge import Skeleton
 from onebase.models.base import load_base, locate_base
 from onebase.models.builtin import BUILTINS, cache_home, fetch_builtin
 from onebase.models.gguf_adapter import ARCHITECTURES, architecture, rotary_order, save_gguf_adapter
 from onebase.models.merging import PROMPTS, open_skeleton
-from onebase.shards import list_tensors, read_tensor
-from onebase.targets import adaptable
+from onebase.storage.shards import list_tensors, read_tensor
+from onebase.transforms.export import portable
+from onebase.transforms.merge import Skeleton
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}

@@ -31,11 +31,11 @@ from benchmarks.common import (
     random_update,
     show,
 )
-from onebase.format import save_adapter
-from onebase.merge_files import merge_files
 from onebase.models.base import locate_base
 from onebase.models.merging import open_skeleton, plan_merge
-from onebase.shards import list_tensors, read_tensor
+from onebase.storage.format import save_adapter
+from onebase.storage.shards import list_tensors, read_tensor
+from onebase.transforms.merge_files import merge_files
 
 TARGET = {"seconds": 0.3, "memory": 0.3}
 UNIT = {"seconds": "s", "memory": "MB of peak resident memory above the libraries'"}

@@ -34,11 +34,11 @@ from benchmarks.workload import (
     tokens,
     train,
 )
+from onebase.adapters.targets import match
 from onebase.cli.bench import Bound, matrix_bound
 from onebase.config import LoraConfig
 from onebase.data.template import Encoded
 from onebase.models.base import Base
-from onebase.targets import match
 from onebase.training.work import load_of, read_decoder
 
 COMPARED = 5  # steps whose losses must agree

@@ -22,8 +22,8 @@ from benchmarks.variants import split
 from benchmarks.workload import Place, load_rows, open_base, options
 from onebase.config import LoraConfig
 from onebase.evaluation import evaluate
-from onebase.format import load_adapter
 from onebase.models.base import locate_base
+from onebase.storage.format import load_adapter
 from onebase.training.loop import Evaluated
 from onebase.training.run import train
 

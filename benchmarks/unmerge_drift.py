@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.common import Gate, Result, parser, random_update, show
-from onebase.format import save_adapter
-from onebase.merge import merge_in_memory, unmerge
 from onebase.models.base import locate_base
+from onebase.storage.format import save_adapter
+from onebase.transforms.merge import merge_in_memory, unmerge
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CYCLES = (1, 10, 100)

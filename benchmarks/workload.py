@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import inject, new_adapter, trainable
 from onebase.config import DataConfig, LoraConfig
 from onebase.data.read import read_examples
 from onebase.data.template import Encoded, encode
-from onebase.format import load_adapter, save_adapter
-from onebase.injection import inject, new_adapter, trainable
 from onebase.models.base import Base, load_base, locate_base
 from onebase.models.engine import engine_problem
 from onebase.models.scoring import Thrift, Way, loss_tokens, scorer
+from onebase.storage.format import load_adapter, save_adapter
 
 BASE = "smollm2-135m"
 DATA = "../shared/data/e2e/valid.jsonl"

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import new_adapter
+from onebase.adapters.targets import adaptable
 from onebase.config import LoraConfig
-from onebase.injection import new_adapter
-from onebase.targets import adaptable
 
 VARIANTS = {
     "lora": {"rank": 4, "alpha": 8},

@@ -6,9 +6,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters import trained
+from onebase.adapters.injection import inject, trainable
 from onebase.config import LoraConfig
 from onebase.data.trie import Layout, Node
-from onebase.injection import inject, trainable
 
 SIZES = {
     "vocab_size": 97,

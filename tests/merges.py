@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from adapters import VARIANTS, every_kind, options_for
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
 from onebase.config import LoraConfig
-from onebase.shards import list_tensors, read_tensor
+from onebase.storage.shards import list_tensors, read_tensor
 from tiny import CAUSAL, CONFIGS, tiny
 
 EMBEDDINGS = {"gpt2": "wte", "bert": "word_embeddings"}

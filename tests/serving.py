@@ -3,13 +3,13 @@
 import torch
 
 from adapters import trained
+from onebase.adapters.injection import injected
 from onebase.config import LoraConfig
-from onebase.format import save_adapter
-from onebase.injection import injected
 from onebase.models.base import wrap_base
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, Request
+from onebase.storage.format import save_adapter
 
 RANKS = (4, 2, 8)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from safetensors.torch import load_file, save_file
 
 from adapters import trained
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
 from onebase.config import LoraConfig
 from onebase.diagnosis.case import Case
 from onebase.diagnosis.checkup import CHECKS, diagnose
 from onebase.diagnosis.salvage import salvage
-from onebase.format import CONFIG, TENSORS
+from onebase.storage.format import CONFIG, TENSORS
 from texts import text_base, text_model
 
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from onebase.adapter import LowRank, parted
-from onebase.calibration import observed
+from onebase.adapters.adapter import LowRank, parted
+from onebase.adapters.calibration import observed
+from onebase.adapters.targets import match
 from onebase.config import LoraConfig
-from onebase.targets import match
 from tiny import some_ids
 
 

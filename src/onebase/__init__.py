@@ -15,13 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onebase.adapter import Adapter
+    from onebase.adapters.adapter import Adapter
+    from onebase.adapters.injection import eject, extract, inject, use
     from onebase.config import LoraConfig
     from onebase.evaluation import evaluate
-    from onebase.format import load_adapter, save_adapter
-    from onebase.injection import eject, extract, inject, use
     from onebase.models.base import load_base
     from onebase.models.generation import generate
+    from onebase.storage.format import load_adapter, save_adapter
     from onebase.training.run import train
 
 __all__ = [
@@ -40,18 +40,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adapter": "adapter",
+    "Adapter": "adapters.adapter",
     "LoraConfig": "config",
-    "eject": "injection",
+    "eject": "adapters.injection",
     "evaluate": "evaluation",
-    "extract": "injection",
+    "extract": "adapters.injection",
     "generate": "models.generation",
-    "inject": "injection",
-    "load_adapter": "format",
+    "inject": "adapters.injection",
+    "load_adapter": "storage.format",
     "load_base": "models.base",
-    "save_adapter": "format",
+    "save_adapter": "storage.format",
     "train": "training.run",
-    "use": "injection",
+    "use": "adapters.injection",
 }
 
 

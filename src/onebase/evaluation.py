@@ -11,11 +11,11 @@ import torch
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected
 from onebase.config import DataConfig, Sampling, build
 from onebase.data.read import Example, read_examples
 from onebase.data.template import Encoded, PromptFormat, encode
-from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.generation import answers, format_of
 from onebase.models.scoring import Scorer, choose, loss_tokens, scorer

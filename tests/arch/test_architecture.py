@@ -24,8 +24,10 @@ ORDER = """
     errors  files  options  config  grid  device
     ops.lowrank  ops.norms  ops.gates  ops.rotary  ops.prefix  ops.adapted  ops.cross_entropy  ops.decoder
     ops.reference  ops.attention  ops.grouped
-    adapter  kinds  patterns  variants  layers  targets  tokens  fitting  injection  calibration
-    peft_tokens  peft_config  peft_tensors  shards  format  combining  arithmetic  merge  merge_files  export
+    adapters.adapter  adapters.kinds  adapters.patterns  adapters.variants  adapters.layers  adapters.targets
+    adapters.tokens  adapters.fitting  adapters.injection  adapters.calibration
+    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.shards  storage.format
+    transforms.combining  transforms.arithmetic  transforms.merge  transforms.merge_files  transforms.export
     data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.preview
     diagnosis.names  diagnosis.salvage  diagnosis.measures  diagnosis.case  diagnosis.own  diagnosis.against
     diagnosis.checkup  diagnosis.comparison
@@ -51,7 +53,7 @@ STRANGERS = [("training", "serve"), ("serve", "training")]  # packages that neve
 # Foreign package -> where alone it may be imported; nowhere for an empty tuple.
 HOMES = {
     "transformers": ("models.",),
-    "safetensors": ("format", "shards"),
+    "safetensors": ("storage.format", "storage.shards"),
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
     "gguf": ("models.gguf_adapter",),
@@ -129,7 +131,19 @@ def modules() -> dict[str, Module]:
 
 
 MODULES = modules()
-FACADES = {"__init__", "ops", "data", "diagnosis", "models", "training", "serve", "cli"} & MODULES.keys()
+PACKAGES = {
+    "ops",
+    "adapters",
+    "storage",
+    "transforms",
+    "data",
+    "diagnosis",
+    "models",
+    "training",
+    "serve",
+    "cli",
+}
+FACADES = {"__init__", *PACKAGES} & MODULES.keys()
 
 
 def test_every_module_has_its_place_in_the_order():

@@ -12,12 +12,12 @@ import pytest
 
 from adapters import trained
 from merges import stirred
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import new_adapter
 from onebase.cli.main import main
 from onebase.config import LoraConfig
-from onebase.format import read_adapter, save_adapter
-from onebase.injection import new_adapter
 from onebase.models.fingerprint import fingerprint_files
+from onebase.storage.format import read_adapter, save_adapter
 from texts import save_base, text_model
 from tiny import tiny
 
@@ -129,7 +129,7 @@ CONFIGS = {
     "command", ["merge --adapter {good} --base {base} --output {out}", "combine {good} --output {out}"]
 )
 def test_a_config_that_means_harm(case: str, command: str, stage: dict[str, Path], capsys, monkeypatch):
-    monkeypatch.setattr("onebase.patterns.SECONDS", 0.1)
+    monkeypatch.setattr("onebase.adapters.patterns.SECONDS", 0.1)
     changes, told = CONFIGS[case]
     path = stage["good"] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

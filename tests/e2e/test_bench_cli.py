@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
+from onebase.adapters.injection import new_adapter
 from onebase.cli import bench
 from onebase.cli.main import main
 from onebase.config import DataConfig, LoraConfig
 from onebase.data.read import read_examples
 from onebase.data.template import encode
 from onebase.demo import read_demo
-from onebase.injection import new_adapter
 from onebase.models.base import load_base
 from onebase.training.work import Attention, Decoder, Linear, Load
 from texts import text_model, tokenizer

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from adapters import trained
-from onebase.adapter import Origin
-from onebase.arithmetic import combine, compress, negate
+from onebase.adapters.adapter import Origin
 from onebase.cli.main import main
 from onebase.config import LoraConfig, Recipe
-from onebase.format import load_adapter, read_adapter, save_adapter
 from onebase.models.base import wrap_base
+from onebase.storage.format import load_adapter, read_adapter, save_adapter
+from onebase.transforms.arithmetic import combine, compress, negate
 from tiny import tiny
 
 

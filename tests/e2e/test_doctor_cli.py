@@ -11,8 +11,8 @@ from onebase.cli.main import main
 from onebase.cli.pictures import bar, heat_map
 from onebase.config import LoraConfig
 from onebase.diagnosis.checkup import CHECKS
-from onebase.format import save_adapter
 from onebase.models.fingerprint import fingerprint_files
+from onebase.storage.format import save_adapter
 from sickness import adapter, edit_config, edit_tensors
 from texts import save_base
 

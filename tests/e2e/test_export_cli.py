@@ -8,11 +8,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from adapters import trained
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
 from onebase.cli.main import main
 from onebase.config import LoraConfig
-from onebase.format import read_adapter, save_adapter
 from onebase.models.fingerprint import fingerprint_files
+from onebase.storage.format import read_adapter, save_adapter
 from texts import save_base, text_model
 
 KINDS = {

@@ -6,12 +6,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import trained
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
 from onebase.cli.main import main
 from onebase.config import LoraConfig
-from onebase.format import save_adapter
 from onebase.models.fingerprint import fingerprint_files
-from onebase.shards import list_tensors
+from onebase.storage.format import save_adapter
+from onebase.storage.shards import list_tensors
 from texts import save_base, text_model
 
 

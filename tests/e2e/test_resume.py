@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 from onebase.training import checkpoint
 from runs import environment, finished, launch, metrics, wait_for
 from texts import QUESTIONS, save_base, write_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from place import Place
 
 from onebase.cli.main import main
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 
 SHORT = ["--dtype", "float32", "--max-steps", "2", "--batch-size", "4", "--samples", "0", "--holdout", "4"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import runs
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 from onebase.training import checkpoint
 from runs import launch, metrics
 from texts import QUESTIONS, save_base, write_rows

@@ -7,8 +7,8 @@ from place import TRAINING, Place
 
 from onebase.cli.main import main
 from onebase.evaluation import evaluate
-from onebase.format import load_adapter
 from onebase.models.base import load_base
+from onebase.storage.format import load_adapter
 
 
 def test_train_and_use_a_variant(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

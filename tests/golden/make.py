@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from onebase.adapters.injection import eject, eval_mode, inject, new_adapter, trainable, use
 from onebase.config import LoraConfig, OptimConfig
 from onebase.data.pack import prompt_groups
 from onebase.data.template import Encoded
-from onebase.injection import eject, eval_mode, inject, new_adapter, trainable, use
 from onebase.models.base import wrap_base
 from onebase.models.scoring import Thrift, Way, scorer
 from onebase.training.checkpoint import Progress

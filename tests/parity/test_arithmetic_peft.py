@@ -11,13 +11,13 @@ from torch import nn
 
 from adapters import every_kind, options_for, trained
 from merges import stirred
-from onebase.adapter import Origin
-from onebase.arithmetic import combine
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import injected, new_adapter
 from onebase.config import LoraConfig, Recipe
-from onebase.format import load_adapter, save_adapter
-from onebase.injection import injected, new_adapter
 from onebase.models.base import wrap_base
 from onebase.ops.lowrank import update
+from onebase.storage.format import load_adapter, save_adapter
+from onebase.transforms.arithmetic import combine
 from tiny import output, some_ids, tiny
 
 WEIGHTS = (0.7, -0.4)

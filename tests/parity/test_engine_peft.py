@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 
 from adapters import trained
 from decoders import DECODERS, decoder, gradients, some_layout
+from onebase.adapters.injection import inject, trainable
 from onebase.config import LoraConfig
-from onebase.format import save_adapter
-from onebase.injection import inject, trainable
 from onebase.models.engine import Engine
+from onebase.storage.format import save_adapter
 
 LOSS, GRADIENT = 1e-5, 1e-4  # relative, in float32
 # A prompt with three answers, one of which two rows continue; a prompt with two; a row alone.

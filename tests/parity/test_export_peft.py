@@ -9,11 +9,11 @@ from peft import PeftModel, get_peft_model
 
 from adapters import VARIANTS, every_kind, options_for, trained
 from merges import assert_same_outputs
+from onebase.adapters.injection import injected
 from onebase.config import LoraConfig
-from onebase.export import portable, save_exact, save_portable
-from onebase.format import load_adapter, read_adapter
-from onebase.injection import injected
 from onebase.models.base import wrap_base
+from onebase.storage.format import load_adapter, read_adapter
+from onebase.transforms.export import portable, save_exact, save_portable
 from tiny import output, some_ids, tiny
 
 ARCHES = ["llama", "qwen3", "gpt2", "phi3"]

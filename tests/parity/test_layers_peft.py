@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from adapters import trained
 from layer_cases import CASES, EACH, VARIANTS
-from onebase.format import load_adapter, save_adapter
-from onebase.injection import injected, trainable
-from onebase.kinds import find_site, merged_weight
+from onebase.adapters.injection import injected, trainable
+from onebase.adapters.kinds import find_site, merged_weight
 from onebase.models.base import wrap_base
-from onebase.peft_tensors import to_peft_tensors
+from onebase.storage.format import load_adapter, save_adapter
+from onebase.storage.peft_tensors import to_peft_tensors
 
 # PEFT drops a convolution's dilation and padding mode, and refuses attention whose three weights are stored apart.
 NOT_PEFTS = ("conv1d", "conv2d", "conv3d", "attention, weights apart")

@@ -9,9 +9,9 @@ from peft import PeftModel
 
 from adapters import trained
 from merges import SPECS, load, save, tensors
-from onebase.format import save_adapter
-from onebase.merge_files import merge_files
 from onebase.models.merging import plan_merge
+from onebase.storage.format import save_adapter
+from onebase.transforms.merge_files import merge_files
 from tiny import CONFIGS, output, some_ids, tiny
 
 # PEFT merges an update of one tied weight into both, and saves what is tied once: there we differ on purpose.

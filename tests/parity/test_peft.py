@@ -12,12 +12,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from adapters import every_kind, options_for, trained
+from onebase.adapters.injection import injected, trainable
+from onebase.adapters.targets import match
 from onebase.config import LoraConfig
 from onebase.errors import FormatError
-from onebase.format import load_adapter, read_adapter, save_adapter
-from onebase.injection import injected, trainable
 from onebase.models.base import wrap_base
-from onebase.targets import match
+from onebase.storage.format import load_adapter, read_adapter, save_adapter
 from tiny import CONFIGS, output, some_ids, tiny
 
 VARIANTS = ("lora", "rslora", "patterns")

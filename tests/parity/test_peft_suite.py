@@ -14,10 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from onebase.adapters.injection import injected, use
 from onebase.errors import FormatError
-from onebase.format import load_adapter, read_adapter, save_adapter
-from onebase.injection import injected, use
 from onebase.models.base import wrap_base
+from onebase.storage.format import load_adapter, read_adapter, save_adapter
 from tiny import tiny, tiny_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's

@@ -12,12 +12,12 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 
 from adapters import trained
+from onebase.adapters.injection import inject, injected, trainable, use
 from onebase.config import LoraConfig
 from onebase.errors import BaseMismatch, FormatError
-from onebase.format import load_adapter, read_adapter, save_adapter
-from onebase.injection import inject, injected, trainable, use
-from onebase.merge import merge_in_memory
 from onebase.models.base import wrap_base
+from onebase.storage.format import load_adapter, read_adapter, save_adapter
+from onebase.transforms.merge import merge_in_memory
 from tiny import output, some_ids, tiny
 
 ARCHS = ("llama", "llama-tied", "gpt2", "gemma3")

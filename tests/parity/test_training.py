@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
+from onebase.adapters.injection import extract, inject, new_adapter, trainable, use
 from onebase.config import LoraConfig, OptimConfig
 from onebase.data.pack import step_rows
 from onebase.data.template import Encoded
-from onebase.format import read_adapter, save_adapter
-from onebase.injection import extract, inject, new_adapter, trainable, use
 from onebase.models.scoring import packed_loss, padded_loss
+from onebase.storage.format import read_adapter, save_adapter
 from onebase.training.optim import lr_factor, make_optimizer, set_lr
 from onebase.training.step import train_step
 from tiny import tiny

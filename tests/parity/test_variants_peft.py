@@ -11,15 +11,15 @@ from peft import LoraConfig as PeftConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from onebase.adapter import parted
-from onebase.calibration import observed
+from onebase.adapters.adapter import parted
+from onebase.adapters.calibration import observed
+from onebase.adapters.injection import extract, inject, injected, new_adapter, trainable, use
+from onebase.adapters.kinds import merged_weight
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import match
 from onebase.config import LoraConfig
-from onebase.format import load_adapter, read_adapter, save_adapter
-from onebase.injection import extract, inject, injected, new_adapter, trainable, use
-from onebase.kinds import merged_weight
-from onebase.layers import base_modules
 from onebase.models.base import wrap_base
-from onebase.targets import match
+from onebase.storage.format import load_adapter, read_adapter, save_adapter
 from starts import first_half, seen_by
 from tiny import output, some_ids, tiny
 

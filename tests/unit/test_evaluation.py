@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adapters import trained
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import injected
 from onebase.config import DataConfig, LoraConfig, Sampling
 from onebase.data.read import Example
 from onebase.data.template import PromptFormat, encode
@@ -17,7 +18,6 @@ from onebase.evaluation import (
     mean_loss,
     text_scores,
 )
-from onebase.injection import injected
 from onebase.models.scoring import choose, scorer
 from texts import CHATS, QUESTIONS, TEXTS, text_base, write_rows
 

@@ -19,7 +19,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import injected, new_adapter, trainable
+from onebase.adapters.targets import match
 from onebase.cli.configs import BenchConfig
 from onebase.cli.console import console, say
 from onebase.config import DataConfig, LoraConfig, OptimConfig, build
@@ -29,11 +31,9 @@ from onebase.data.template import Encoded, encode
 from onebase.demo import read_demo
 from onebase.device import machine
 from onebase.errors import BaseError
-from onebase.format import save_adapter
-from onebase.injection import injected, new_adapter, trainable
 from onebase.models.base import Base, load_base
 from onebase.models.scoring import Loss, choose, loss_tokens, scorer
-from onebase.targets import match
+from onebase.storage.format import save_adapter
 from onebase.training.optim import make_optimizer
 from onebase.training.prepare import tokenizer_of
 from onebase.training.record import json_ready

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected
 from onebase.cli.configs import ChatConfig
 from onebase.cli.console import console, notes
 from onebase.cli.using import open_pair
 from onebase.config import Sampling, build
 from onebase.data.template import PromptFormat, render_messages, render_prompt
 from onebase.errors import DataError
-from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.generation import decode, format_of, generate_ids
 from onebase.models.vocabulary import for_adapter

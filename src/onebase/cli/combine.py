@@ -11,15 +11,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from onebase.adapter import Adapter
-from onebase.arithmetic import combine, deviations, negate, norms
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.targets import split_path
 from onebase.cli.configs import CombineConfig
 from onebase.cli.console import console, table
 from onebase.config import build
 from onebase.errors import ConfigError, nearest
-from onebase.format import read_adapter, save_adapter
-from onebase.targets import split_path
+from onebase.storage.format import read_adapter, save_adapter
 from onebase.training.report import count
+from onebase.transforms.arithmetic import combine, deviations, negate, norms
 
 WORST = 5
 

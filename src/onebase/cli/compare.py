@@ -8,7 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import base_modules
+from onebase.adapters.kinds import find_site
 from onebase.cli.configs import CompareConfig
 from onebase.cli.console import console, table
 from onebase.cli.doctor import Opened, open_base, plain_screen
@@ -17,12 +19,10 @@ from onebase.cli.using import read_prompts
 from onebase.config import Sampling, build
 from onebase.diagnosis.comparison import Pair, compare, summary
 from onebase.errors import ConfigError
-from onebase.format import load_adapter, read_adapter
-from onebase.injection import base_modules
-from onebase.kinds import find_site
 from onebase.models.base import Base
 from onebase.models.generation import format_of
 from onebase.models.probing import answers_of, divergences, prompt_ids
+from onebase.storage.format import load_adapter, read_adapter
 from onebase.training.record import json_ready
 
 NAMES: tuple[str, str] = ("first", "second")

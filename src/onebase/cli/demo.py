@@ -10,6 +10,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from onebase.adapters.injection import eject as take_off
+from onebase.adapters.injection import inject, injected, use
 from onebase.cli.configs import DemoConfig
 from onebase.cli.console import console, say
 from onebase.cli.screen import TrainingScreen, print_record
@@ -17,10 +19,8 @@ from onebase.config import build
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.demo import read_demo
 from onebase.errors import BaseMismatch
-from onebase.format import load_adapter
-from onebase.injection import eject as take_off
-from onebase.injection import inject, injected, use
 from onebase.models.base import Base, load_base
+from onebase.storage.format import load_adapter
 from onebase.training.record import RunRecord
 from onebase.training.run import train
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.fitting import fit_problems, with_kinds
 from onebase.cli.configs import DoctorConfig
 from onebase.cli.console import console, say
 from onebase.cli.pictures import bar, heat_map
@@ -18,7 +19,6 @@ from onebase.diagnosis.case import Case, Finding
 from onebase.diagnosis.checkup import diagnose, verdict
 from onebase.diagnosis.salvage import Salvage, salvage
 from onebase.errors import ConfigError, OnebaseError
-from onebase.fitting import fit_problems, with_kinds
 from onebase.models.base import Base, load_base
 from onebase.models.probing import effect_of
 from onebase.training.record import json_ready

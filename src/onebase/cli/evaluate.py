@@ -17,7 +17,7 @@ from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.evaluation import Scores, evaluate
 from onebase.files import require_writable, write_text
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 
 METRICS = {  # name -> (how it is written, is a larger value better)
     "loss": "{:.4f}",

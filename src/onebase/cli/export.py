@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
 from onebase.cli import merge
 from onebase.cli.configs import ExportConfig
 from onebase.cli.console import console, say, table
@@ -18,14 +18,14 @@ from onebase.config import build
 from onebase.data.modelfile import modelfile
 from onebase.data.template import PromptFormat
 from onebase.errors import ConfigError, OutputExists
-from onebase.export import Difference, portable, save_exact, save_portable, without_norms
 from onebase.files import atomic_folder, require_writable
-from onebase.format import load_adapter, read_adapter
-from onebase.merge import Skeleton
 from onebase.models.base import locate_base, open_tokenizer
 from onebase.models.gguf_adapter import save_gguf_adapter
 from onebase.models.merging import LogitCheck, check_adapters, open_pair
-from onebase.shards import read_tensor
+from onebase.storage.format import load_adapter, read_adapter
+from onebase.storage.shards import read_tensor
+from onebase.transforms.export import Difference, portable, save_exact, save_portable, without_norms
+from onebase.transforms.merge import Skeleton
 
 WORST = 5
 GGUF, MODELFILE = "adapter.gguf", "Modelfile"

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from onebase.adapters.injection import injected
 from onebase.cli.configs import GenerateConfig
 from onebase.cli.using import open_pair
 from onebase.config import DataConfig, build
 from onebase.data.read import Example, read_examples
 from onebase.errors import ConfigError, DataError, MissingFile, nearest
 from onebase.files import require_writable, write_text
-from onebase.injection import injected
 from onebase.models.generation import answers, format_of
 from onebase.models.vocabulary import for_adapter
 

@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
 from onebase.cli.configs import InspectConfig
 from onebase.cli.console import console, table
 from onebase.config import build, flatten
 from onebase.errors import ConfigError
-from onebase.format import TENSORS, read_adapter
+from onebase.storage.format import TENSORS, read_adapter
 from onebase.training.report import count, size
 
 TRAINING = ("steps", "tokens", "rows", "loss")

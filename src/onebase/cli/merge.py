@@ -12,11 +12,11 @@ from onebase.cli.console import console, table
 from onebase.cli.using import base_name, read_prompts
 from onebase.config import build
 from onebase.errors import ConfigError
-from onebase.merge import MergePlan
-from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.base import locate_base
 from onebase.models.merging import MergeCheck, check_merge, open_pair, plan_for
 from onebase.training.report import size
+from onebase.transforms.merge import MergePlan
+from onebase.transforms.merge_files import OutputOptions, merge_files
 
 
 def run(options: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from onebase.targets import split_path
+from onebase.adapters.targets import split_path
 
 BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*%#"  # from 0 to the largest value
 NONE = "·"  # the layer has no such module

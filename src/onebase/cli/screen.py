@@ -16,8 +16,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from onebase.adapters.targets import CoverageRow
 from onebase.cli.console import console, say, table
-from onebase.targets import CoverageRow
 from onebase.training.loop import Evaluated, Event, Finished, Saved, Stepped
 from onebase.training.plan import Plan
 from onebase.training.record import RunRecord

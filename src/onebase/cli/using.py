@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
 from onebase.cli.configs import WithAdapter
 from onebase.errors import BaseError, DataError, MissingFile, nearest
-from onebase.format import load_adapter, read_adapter
 from onebase.models.base import Base, load_base
 from onebase.models.merging import PROMPTS
+from onebase.storage.format import load_adapter, read_adapter
 
 DEFAULT_BASE = "smollm2-135m"
 

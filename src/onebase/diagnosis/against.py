@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from onebase.adapters.fitting import fit_problems
+from onebase.adapters.targets import adaptable, match
 from onebase.data.template import PromptFormat
 from onebase.diagnosis.case import Case, Finding, HasBase, some
 from onebase.diagnosis.measures import held, intruders, share
 from onebase.diagnosis.names import find_substitution
 from onebase.errors import FormatError, TargetError, nearest
-from onebase.fitting import fit_problems
-from onebase.targets import adaptable, match
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from onebase.adapter import LowRank, Origin
+from onebase.adapters.adapter import LowRank, Origin
+from onebase.adapters.kinds import Site, find_site
+from onebase.adapters.layers import base_modules
 from onebase.diagnosis.measures import Effect, Spectrum, change, spectrum
 from onebase.diagnosis.salvage import Salvage
-from onebase.kinds import Site, find_site
-from onebase.layers import base_modules
 
 Severity = Literal["error", "warning", "fine", "skipped"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from onebase.adapter import Adapter, LowRank
+from onebase.adapters.adapter import Adapter, LowRank
 from onebase.diagnosis.measures import Overlap, change, cosine, overlap, spectrum
 
 Weights = Callable[[str], Tensor]

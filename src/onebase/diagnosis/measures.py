@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onebase.adapter import LowRank
-from onebase.kinds import as_rows, merged_weight
+from onebase.adapters.adapter import LowRank
+from onebase.adapters.kinds import as_rows, merged_weight
 
 # Shape suffixes: g = blocks, i = in features, o = out features, r = rank, k = directions, t = tokens, v = vocabulary.
 

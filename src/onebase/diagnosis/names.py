@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from onebase.peft_tokens import PREFIX
+from onebase.storage.peft_tokens import PREFIX
 
 
 class Repair(NamedTuple):

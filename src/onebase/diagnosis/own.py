@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from onebase.adapters.targets import pattern_value
 from onebase.diagnosis.case import Case, Finding, some
 from onebase.diagnosis.salvage import number, pattern
-from onebase.format import TENSORS
-from onebase.peft_config import is_refused, type_problems
-from onebase.shards import DTYPES
-from onebase.targets import pattern_value
+from onebase.storage.format import TENSORS
+from onebase.storage.peft_config import is_refused, type_problems
+from onebase.storage.shards import DTYPES
 
 # Where a warning begins. Trained factors are far from these bounds: A starts at 1/sqrt(in features), and a first
 # step of AdamW makes B as large as the learning rate.

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from onebase.adapter import LowRank
+from onebase.adapters.adapter import LowRank
+from onebase.adapters.targets import pattern_value
+from onebase.adapters.variants import scaling
 from onebase.diagnosis.names import PREFIX, repair
 from onebase.errors import ConfigError, MissingFile, OnebaseError, nearest
-from onebase.format import CONFIG, SIDECAR, TENSORS, HasModel, Stored, load_adapter, read_stored
 from onebase.options import fits, require_pattern
-from onebase.shards import TensorInfo, list_tensors, read_tensor
-from onebase.targets import pattern_value
-from onebase.variants import scaling
+from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel, Stored, load_adapter, read_stored
+from onebase.storage.shards import TensorInfo, list_tensors, read_tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PEFT_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8}  # what PEFT takes where a config does not say

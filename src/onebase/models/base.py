@@ -24,7 +24,7 @@ from onebase.errors import BaseError, OnebaseError, nearest
 from onebase.models.builtin import BUILTINS, Notify, cache_home, fetch_builtin, logger
 from onebase.models.fingerprint import fingerprint_files, fingerprint_model
 from onebase.models.gguf import convert_gguf, converted_folder, quiet, require_complete
-from onebase.shards import INDEX, SINGLE, list_tensors
+from onebase.storage.shards import INDEX, SINGLE, list_tensors
 
 Kind = Literal["causal", "encoder", "seq2seq"]
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onebase.adapters.injection import eval_mode, trainable, use
+from onebase.adapters.layers import LoraLayer
 from onebase.data.trie import Layout, Node
-from onebase.injection import eval_mode, trainable, use
-from onebase.layers import LoraLayer
 from onebase.models.reading import ReadLayer, Unsupported, read_model
 from onebase.ops.adapted import Dropout
 from onebase.ops.cross_entropy import frozen_cross_entropy

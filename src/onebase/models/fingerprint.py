@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebase.adapters.injection import base_tensors
 from onebase.files import write_text
-from onebase.injection import base_tensors
 from onebase.models.builtin import cache_home
-from onebase.shards import DTYPE_NAMES, TensorInfo, list_tensors, tensor_bytes
+from onebase.storage.shards import DTYPE_NAMES, TensorInfo, list_tensors, tensor_bytes
 
 # A file written less than this ago may change again without its time stamp moving, as git knows ("racy git").
 _SETTLED_NS = 1_000_000_000

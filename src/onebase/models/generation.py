@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected
 from onebase.config import Sampling
 from onebase.data.pack import bucketed
 from onebase.data.read import Example
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.errors import BaseError, DataError
-from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.vocabulary import for_adapter
 

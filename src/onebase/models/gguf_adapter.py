@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onebase.adapter import Adapter, LowRank
+from onebase.adapters.adapter import Adapter, LowRank
 from onebase.errors import BaseError, ConfigError, FormatError, OutputExists, nearest
-from onebase.export import LIMIT, Difference, differences, require_near
 from onebase.files import atomic_file
-from onebase.merge import Skeleton
+from onebase.transforms.export import LIMIT, Difference, differences, require_near
+from onebase.transforms.merge import Skeleton
 
 # Shape suffixes: i = in features, o = out features, r = rank.
 

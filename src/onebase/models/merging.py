@@ -12,17 +12,17 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected
 from onebase.errors import BaseError, BaseMismatch, DataError
-from onebase.format import load_adapter, read_stored
-from onebase.injection import injected
-from onebase.merge import MergePlan, Skeleton, make_plan, merged
 from onebase.models.base import Base, check_folder, family_of, load_base, wrap_base
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
 from onebase.models.stored import sources_of
 from onebase.models.vocabulary import tokenizer_files
-from onebase.shards import list_tensors, read_tensor
+from onebase.storage.format import load_adapter, read_stored
+from onebase.storage.shards import list_tensors, read_tensor
+from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged
 
 PROMPTS = (
     "The capital of France is",

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import eject, eval_mode, inject, use
 from onebase.config import Sampling
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.diagnosis.measures import Effect, divergence
 from onebase.errors import BaseError, DataError
-from onebase.injection import eject, eval_mode, inject, use
 from onebase.models.base import Base
 from onebase.models.generation import format_of, generate
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from onebase.adapters.layers import LoraLayer, TrainedModule, Wrapper, bare, walk
 from onebase.errors import BaseError
-from onebase.layers import LoraLayer, TrainedModule, Wrapper, bare, walk
 from onebase.models.families import ACTIVATIONS, FAMILIES, LENGTH_DEPENDENT, Family
 from onebase.ops.adapted import Linear
 from onebase.ops.cross_entropy import Head

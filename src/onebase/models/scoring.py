@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected
 from onebase.data.pack import by_length, by_prefix, pack, pad
 from onebase.data.template import Encoded
 from onebase.data.trie import layout
 from onebase.errors import BaseError
-from onebase.injection import injected
 from onebase.models.base import Base
 from onebase.models.engine import Engine, engine_problem
 from onebase.models.loss import loss_sum

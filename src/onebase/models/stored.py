@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from onebase.merge import Fusion
-from onebase.shards import TensorInfo
+from onebase.storage.shards import TensorInfo
+from onebase.transforms.merge import Fusion
 
 
 class Sources(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from transformers import AddedToken
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.tokens import ID_PREFIX, is_id
 from onebase.errors import BaseError, BaseMismatch, ConfigError
 from onebase.models.base import Base, open_tokenizer
-from onebase.tokens import ID_PREFIX, is_id
 
 
 class Vocabulary(NamedTuple):

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from onebase.arithmetic import combine
-from onebase.combining import Recipe
 from onebase.errors import AdapterNameError, BaseError, ConfigError, DataError, OnebaseError
 from onebase.models.base import Base
 from onebase.models.vocabulary import extended
@@ -22,6 +20,8 @@ from onebase.serve.runner import Row, Runner
 from onebase.serve.sampler import Choice, Wish, sample, wish
 from onebase.serve.scheduler import Chunk, Job, Scheduler
 from onebase.serve.text import TextStream
+from onebase.transforms.arithmetic import combine
+from onebase.transforms.combining import Recipe
 
 
 @dataclass(eq=False)

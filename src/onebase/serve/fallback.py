@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebase.injection import eject, inject, use
+from onebase.adapters.injection import eject, inject, use
 from onebase.serve.pool import Pinned
 
 

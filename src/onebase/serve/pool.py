@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onebase.adapter import Adapter, LowRank, Origin, TokenRows
+from onebase.adapters.adapter import Adapter, LowRank, Origin, TokenRows
 from onebase.config import LoraConfig
 from onebase.errors import AdapterNameError, ConfigError, FormatError, MissingFile, OnebaseError, nearest
-from onebase.format import CONFIG, SIDECAR, TENSORS, HasModel, load_adapter
 from onebase.serve.request import NoRoom, UnknownAdapter
+from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel, load_adapter
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, when it was changed, its size, its inode
 

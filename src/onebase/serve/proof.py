@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected, new_adapter
 from onebase.config import LoraConfig
 from onebase.errors import OnebaseError
-from onebase.injection import injected, new_adapter
 from onebase.models.reading import Unsupported
 from onebase.serve.runner import Row, Runner
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter
-from onebase.layers import base_modules
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.layers import base_modules
 from onebase.models.reading import ReadLayer, ReadModel, read_model
 from onebase.ops.adapted import Linear
 from onebase.ops.decoder import Attention, Groups

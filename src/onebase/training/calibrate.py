@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from onebase.calibration import WATCHES, observed
+from onebase.adapters.calibration import WATCHES, observed
+from onebase.adapters.variants import INITS
 from onebase.config import TrainConfig
 from onebase.data.pack import pad, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
@@ -15,7 +16,6 @@ from onebase.models.base import Base
 from onebase.models.loss import loss_sum
 from onebase.models.scoring import loss_tokens
 from onebase.training.prepare import Prepared
-from onebase.variants import INITS
 
 BATCHES = 8  # 128 rows with the default batch size
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
 from onebase.errors import FormatError
 from onebase.files import atomic_folder
-from onebase.format import read_adapter, write_adapter
-from onebase.shards import list_tensors, read_tensor, write_shards
+from onebase.storage.format import read_adapter, write_adapter
+from onebase.storage.shards import list_tensors, read_tensor, write_shards
 
 FOLDER, STATE = "checkpoints", "state.json"
 

@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from onebase.adapters.injection import base_tensors
 from onebase.data.template import Encoded
 from onebase.device import pick_device
 from onebase.errors import ConfigError, OnebaseError
-from onebase.injection import base_tensors
 from onebase.models.fingerprint import tensor_digests
 from onebase.models.scoring import Scorer
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import injected, with_kinds
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import CoverageRow
+from onebase.adapters.tokens import start_rows
 from onebase.config import Sampling, TrainConfig, flatten
 from onebase.data.read import Example
 from onebase.data.template import render_prompt
@@ -22,15 +26,11 @@ from onebase.device import machine, peak_memory
 from onebase.errors import BaseMismatch
 from onebase.evaluation import Scores, grouped_references, mean_loss, text_scores
 from onebase.files import write_text
-from onebase.format import TENSORS, read_adapter, write_adapter
-from onebase.injection import injected, with_kinds
-from onebase.layers import base_modules
 from onebase.models.base import Base
 from onebase.models.fingerprint import combined
 from onebase.models.generation import answers
 from onebase.models.scoring import choose, scorer
-from onebase.targets import CoverageRow
-from onebase.tokens import start_rows
+from onebase.storage.format import TENSORS, read_adapter, write_adapter
 from onebase.training import checkpoint
 from onebase.training.card import model_card
 from onebase.training.curves import draw_curves, save_png

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from onebase.adapters.injection import adapter_dropout, extract
 from onebase.config import OptimConfig
 from onebase.data.pack import step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.errors import Diverged
 from onebase.evaluation import mean_loss
-from onebase.injection import adapter_dropout, extract
 from onebase.models.scoring import Scorer
 from onebase.training import checkpoint
 from onebase.training.checkpoint import Progress, Snapshot

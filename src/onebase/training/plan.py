@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from onebase.adapters.kinds import KINDS, kind_of
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import CoverageRow, output_head
+from onebase.adapters.tokens import token_targets
+from onebase.adapters.variants import sizes
 from onebase.config import TrainConfig
 from onebase.data.pack import prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
-from onebase.kinds import KINDS, kind_of
-from onebase.layers import base_modules
 from onebase.models.base import Base
-from onebase.targets import CoverageRow, output_head
-from onebase.tokens import token_targets
 from onebase.training.loop import total_steps
 from onebase.training.prepare import Prepared
-from onebase.variants import sizes
 
 _RUNTIME = 400 << 20  # Python, PyTorch and transformers themselves, as measured at start-up
 

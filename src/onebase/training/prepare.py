@@ -6,7 +6,11 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import adapter_for
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import Coverage, match
+from onebase.adapters.variants import INITS, check_start
 from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
 from onebase.data.preview import DataSummary, summarise
@@ -14,13 +18,9 @@ from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.data.template import EncodedSet, PromptFormat, encode
 from onebase.errors import BaseError, ConfigError
-from onebase.injection import adapter_for
-from onebase.layers import base_modules
 from onebase.models.base import Base
 from onebase.models.scoring import Way, choose
 from onebase.models.vocabulary import Vocabulary, resolve_tokens
-from onebase.targets import Coverage, match
-from onebase.variants import INITS, check_start
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import yaml
 
-from onebase.adapter import Adapter, Origin
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.injection import adapter_for, eject, eval_mode, inject, trainable, use
 from onebase.config import TrainConfig, build, flatten
 from onebase.data.pack import prompt_groups
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.files import process_lock, remove, require_writable, write_text
-from onebase.injection import adapter_for, eject, eval_mode, inject, trainable, use
 from onebase.models.base import Base, load_base
 from onebase.models.scoring import Thrift, scorer
 from onebase.training import checkpoint

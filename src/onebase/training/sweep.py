@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onebase.adapter import Adapter
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.injection import adapter_dropout, eject, eval_mode, inject, use
 from onebase.config import TrainConfig, build
 from onebase.data.trie import layout
 from onebase.device import available_memory
 from onebase.errors import ConfigError, OnebaseError
 from onebase.files import process_lock, write_text
 from onebase.grid import Point, grid
-from onebase.injection import adapter_dropout, eject, eval_mode, inject, use
 from onebase.models.base import Base
 from onebase.models.engine import Engine
 from onebase.models.engine import Member as Part

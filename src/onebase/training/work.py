@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from onebase.adapters.kinds import KINDS, kind_of
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import Coverage, output_head, split_path
 from onebase.data.template import Encoded
 from onebase.data.trie import Node, layout
-from onebase.kinds import KINDS, kind_of
-from onebase.layers import base_modules
 from onebase.ops.cross_entropy import CHUNK
-from onebase.targets import Coverage, output_head, split_path
 
 # What a step's time goes to. Counted in floating-point operations:
 FROZEN, FACTORS, FULL, HEAD, ATTENTION = (

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.diagnosis.case import Case
 from onebase.diagnosis.checkup import diagnose, verdict
 from onebase.diagnosis.measures import Effect
 from onebase.diagnosis.salvage import salvage
-from onebase.format import save_adapter
-from onebase.kinds import merged_weight
 from onebase.models.base import wrap_base
+from onebase.storage.format import save_adapter
 from sickness import adapter, edit_config, edit_tensors, grave, look, only
 from texts import text_base, text_model, tokenizer
 from tiny import tiny

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.diagnosis.comparison import compare, summary
-from onebase.kinds import merged_weight
 from sickness import adapter
 from texts import text_model
 

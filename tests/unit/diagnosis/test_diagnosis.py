@@ -9,17 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters import every_kind
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import new_adapter
+from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.diagnosis.case import Case
 from onebase.diagnosis.checkup import CHECKS, diagnose, verdict
 from onebase.diagnosis.measures import Effect
 from onebase.diagnosis.salvage import salvage
 from onebase.errors import MissingFile
-from onebase.format import CONFIG, TENSORS, save_adapter
-from onebase.injection import new_adapter
-from onebase.kinds import merged_weight
 from onebase.models.base import wrap_base
+from onebase.storage.format import CONFIG, TENSORS, save_adapter
 from sickness import adapter, edit_config, edit_tensors, grave, look, only
 from texts import text_base, text_model
 from tiny import tiny

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from onebase.adapter import LowRank, joined
+from onebase.adapters.adapter import LowRank, joined
+from onebase.adapters.kinds import merged_weight
 from onebase.diagnosis.measures import (
     change,
     cosine,
@@ -19,7 +20,6 @@ from onebase.diagnosis.measures import (
     share,
     spectrum,
 )
-from onebase.kinds import merged_weight
 from onebase.ops.lowrank import update
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from onebase.errors import BaseError, FormatError
 from onebase.models.base import UNBOUNDED, load_base, open_tokenizer, wrap_base
-from onebase.shards import INDEX, SINGLE
+from onebase.storage.shards import INDEX, SINGLE
 from tiny import CONFIGS, output, some_ids, tiny
 
 

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters import trained
 from decoders import DECODERS, SIZES, Wide, adapted, decoder, gradients, loss_row_by_row, some_layout
+from onebase.adapters.injection import adapter_dropout, eject, extract, inject, new_adapter, trainable, use
 from onebase.config import LoraConfig
 from onebase.data.template import Encoded
 from onebase.data.trie import layout
-from onebase.injection import adapter_dropout, eject, extract, inject, new_adapter, trainable, use
 from onebase.models.engine import Engine, engine_problem
 from onebase.models.families import FAMILIES, Family
 from onebase.models.reading import Unsupported

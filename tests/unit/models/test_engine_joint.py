@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from adapters import trained
 from decoders import DECODERS, Wide, decoder, gradients, loss_row_by_row, some_layout
+from onebase.adapters.injection import adapter_dropout, inject, trainable, use
 from onebase.config import LoraConfig
-from onebase.injection import adapter_dropout, inject, trainable, use
 from onebase.models.engine import Engine
 from onebase.models.reading import Unsupported
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from onebase.adapters.injection import inject, new_adapter
 from onebase.config import LoraConfig
-from onebase.injection import inject, new_adapter
 from onebase.models.fingerprint import (
     fingerprint_files,
     fingerprint_model,
@@ -21,7 +21,7 @@ from onebase.models.fingerprint import (
     remembered,
     tensor_digests,
 )
-from onebase.shards import SINGLE, write_shards
+from onebase.storage.shards import SINGLE, write_shards
 
 
 @pytest.fixture(autouse=True)

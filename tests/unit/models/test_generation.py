@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from adapters import trained
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import injected
 from onebase.config import LoraConfig, Sampling
 from onebase.data.read import Example
 from onebase.data.template import PromptFormat
 from onebase.errors import BaseError, DataError
-from onebase.injection import injected
 from onebase.models.base import wrap_base
 from onebase.models.generation import answers, format_of, generate, generate_ids
 from texts import text_base, text_model, tokenizer

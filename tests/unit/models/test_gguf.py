@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from onebase.errors import BaseError
 from onebase.models.gguf import convert_gguf, quiet, require_complete
-from onebase.shards import list_tensors, read_tensor
+from onebase.storage.shards import list_tensors, read_tensor
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, CONTEXT = 32, 64, 4, 2, 48
 TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "th"]

@@ -13,7 +13,6 @@ from adapters import every_kind, trained
 from merges import save
 from onebase.config import LoraConfig
 from onebase.errors import BaseError, ConfigError, FormatError, OutputExists
-from onebase.export import portable
 from onebase.models.gguf_adapter import (
     ARCHITECTURES,
     gguf_places,
@@ -23,6 +22,7 @@ from onebase.models.gguf_adapter import (
     stored_order,
 )
 from onebase.models.merging import open_skeleton
+from onebase.transforms.export import portable
 from tiny import tiny
 
 ARCHES = ["llama", "llama-tied", "mistral", "qwen3", "gemma3", "gpt2", "phi3"]

@@ -15,17 +15,17 @@ from transformers import T5ForConditionalGeneration as T5
 
 from adapters import trained
 from merges import CASES, EMBEDDINGS, SPECS, assert_same_outputs, load, same, save, tensors
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import injected
+from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.errors import BaseError, BaseMismatch, OutputError, OutputExists
-from onebase.format import save_adapter
-from onebase.injection import injected
-from onebase.kinds import merged_weight
-from onebase.merge import make_plan
-from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.merging import check_merge, open_skeleton, plan_merge
-from onebase.shards import INDEX, SINGLE, list_tensors
+from onebase.storage.format import save_adapter
+from onebase.storage.shards import INDEX, SINGLE, list_tensors
+from onebase.transforms.merge import make_plan
+from onebase.transforms.merge_files import OutputOptions, merge_files
 from texts import save_base, text_model
 from tiny import output, some_ids, tiny
 
@@ -149,7 +149,7 @@ def test_pieces_do_not_show_in_the_result(tmp_path, monkeypatch):
     folder, adapter = save(model, tmp_path / "base"), trained(model, SPECS["every kind"]("gpt2"))
     plan = plan_merge(folder, adapter)
     whole = tensors(merge_files(plan, tmp_path / "whole"))
-    monkeypatch.setattr("onebase.merge_files.PIECE", 1000)
+    monkeypatch.setattr("onebase.transforms.merge_files.PIECE", 1000)
     cut = tensors(merge_files(plan, tmp_path / "cut"))
     assert whole.keys() == cut.keys()
     for name, tensor in whole.items():
@@ -297,11 +297,11 @@ import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
-from onebase.adapter import Adapter, LowRank
+from onebase.adapters.adapter import Adapter, LowRank
 from onebase.config import LoraConfig
-from onebase.merge import Skeleton, make_plan
-from onebase.merge_files import OutputOptions, merge_files
-from onebase.shards import list_tensors
+from onebase.transforms.merge import Skeleton, make_plan
+from onebase.transforms.merge_files import OutputOptions, merge_files
+from onebase.storage.shards import list_tensors
 
 folder = Path(sys.argv[1])
 with torch.device("meta"):

@@ -8,15 +8,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, T5ForConditionalGeneration, ViTForImageClassification
 
 from merges import load, save, stirred, tensors
+from onebase.adapters.injection import injected, new_adapter
+from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.errors import BaseError, BaseMismatch
-from onebase.format import save_adapter
-from onebase.injection import injected, new_adapter
-from onebase.kinds import merged_weight
-from onebase.merge import merged
-from onebase.merge_files import OutputOptions, merge_files
 from onebase.models.merging import check_merge, open_skeleton, plan_merge
-from onebase.shards import SINGLE
+from onebase.storage.format import save_adapter
+from onebase.storage.shards import SINGLE
+from onebase.transforms.merge import merged
+from onebase.transforms.merge_files import OutputOptions, merge_files
 from tiny import CONFIGS, tiny, tiny_inputs
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_experts_are_rounded_once_and_pieces_do_not_show(stored, asked, tmp_path
     adapter = stirred(new_adapter(model, LoraConfig(**LORA)))
     dtype = getattr(torch, asked or stored)
     options = OutputOptions(getattr(torch, asked) if asked else None, 20_000)
-    monkeypatch.setattr("onebase.merge_files.PIECE", 100)
+    monkeypatch.setattr("onebase.transforms.merge_files.PIECE", 100)
     got = tensors(merge_files(plan_merge(folder, adapter), tmp_path / "merged", options))
     path = "model.layers.0.mlp.experts.gate_up_proj"
     wanted = merged_weight(model.get_parameter(path).float(), adapter.lowrank[path]).to(dtype)

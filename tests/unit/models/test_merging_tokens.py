@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import trained
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import base_tensors, injected, new_adapter
 from onebase.config import LoraConfig
 from onebase.errors import BaseMismatch
-from onebase.injection import base_tensors, injected, new_adapter
-from onebase.merge import merged
-from onebase.merge_files import OutputOptions, merge_files
 from onebase.models import base as bases
 from onebase.models.merging import check_merge, plan_merge
 from onebase.models.vocabulary import resolve_tokens
+from onebase.transforms.merge import merged
+from onebase.transforms.merge_files import OutputOptions, merge_files
 from texts import save_base, text_base
 from tiny import output, some_ids, tiny
 
@@ -74,7 +74,7 @@ def test_a_merged_model_gives_what_base_and_adapter_give(arch, tokens, tmp_path)
 
 def test_rows_of_several_pieces_and_over_an_update(tmp_path, monkeypatch):
     """Pieces of 16 rows; a low-rank update of the embedding lies under the rows, and unties the head."""
-    monkeypatch.setattr("onebase.merge_files.PIECE", 16 * 32)
+    monkeypatch.setattr("onebase.transforms.merge_files.PIECE", 16 * 32)
     model, ids = tiny("llama"), ids_for(TOKENS[2])
     adapter = adapter_of(model, "llama", [*TOKENS[2], "id:15", "id:16"], ["q_proj", "embed_tokens"])
     with injected(model, adapter):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from onebase.adapters.injection import adapter_names, injected
 from onebase.config import LoraConfig, Sampling
 from onebase.data.template import PromptFormat
 from onebase.errors import BaseError, DataError
-from onebase.injection import adapter_names, injected
 from onebase.models.base import wrap_base
 from onebase.models.generation import generate
 from onebase.models.probing import answers_of, divergences, effect_of, prompt_ids

@@ -9,10 +9,10 @@ from adapters import trained
 from decoders import decoder
 from onebase.config import LoraConfig
 from onebase.errors import AdapterNameError, ConfigError, MissingFile, OnebaseError
-from onebase.format import save_adapter
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, NoRoom, Request, UnknownAdapter
+from onebase.storage.format import save_adapter
 from serving import adapter_folder, alone, drained, make_engine, tokens_of, wrap_base
 
 PROMPT = (3, 7, 11, 20)

@@ -6,14 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from decoders import decoder
-from onebase.arithmetic import combine
-from onebase.combining import Recipe
+from onebase.adapters.injection import adapter_names
 from onebase.errors import AdapterNameError, BaseError, ConfigError, DataError
-from onebase.format import load_adapter
-from onebase.injection import adapter_names
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, PromptTooLong, QueueFull, Request, UnknownAdapter
+from onebase.storage.format import load_adapter
+from onebase.transforms.arithmetic import combine
+from onebase.transforms.combining import Recipe
 from serving import adapter_folder, alone, drained, make_engine, prompts, tokens_of, wrap_base
 from texts import text_base, tokenizer
 from tiny import tiny

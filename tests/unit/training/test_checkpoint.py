@@ -10,7 +10,7 @@ from torch import nn
 from adapters import trained
 from onebase.config import LoraConfig, OptimConfig
 from onebase.errors import FormatError, OnebaseError, OutputError
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 from onebase.training import checkpoint
 from onebase.training.checkpoint import Progress, Snapshot, checkpoints, folder_of, load, save
 from onebase.training.optim import make_optimizer, optimizer_tensors
@@ -117,7 +117,7 @@ def disk_full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    "target", ["os.fsync", "onebase.training.checkpoint.write_shards", "onebase.format._serialised"]
+    "target", ["os.fsync", "onebase.training.checkpoint.write_shards", "onebase.storage.format._serialised"]
 )
 def test_a_full_disk_leaves_the_earlier_ones(tmp_path, adapter, monkeypatch, target):
     first = snapshot(adapter, 1, best_step=1, best_loss=2.0)

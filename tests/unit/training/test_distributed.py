@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapters import trained
+from onebase.adapters.injection import eject, inject, trainable, use
 from onebase.config import LoraConfig, OptimConfig
 from onebase.data.template import Encoded
 from onebase.device import pick_device
 from onebase.errors import ConfigError
 from onebase.evaluation import mean_loss
-from onebase.injection import eject, inject, trainable, use
 from onebase.models.base import wrap_base
 from onebase.models.scoring import Scorer, Way, scorer
 from onebase.training import distributed

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onebase.errors import Diverged
-from onebase.format import read_adapter
+from onebase.storage.format import read_adapter
 from onebase.training import checkpoint
 from onebase.training.loop import Evaluated, Finished, Saved, Stepped
 from onebase.training.run import METRICS, train

@@ -2,8 +2,8 @@
 
 import pytest
 
+from onebase.adapters.injection import new_adapter
 from onebase.config import TrainConfig, build
-from onebase.injection import new_adapter
 from onebase.training.loop import total_steps
 from onebase.training.plan import make_plan
 from onebase.training.prepare import prepare

@@ -10,6 +10,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from onebase.adapters.injection import adapter_names
+from onebase.adapters.layers import LoraLayer
 from onebase.config import TrainConfig, build, flatten
 from onebase.errors import (
     ConfigError,
@@ -24,10 +26,8 @@ from onebase.errors import (
 )
 from onebase.evaluation import evaluate
 from onebase.files import process_lock
-from onebase.format import load_adapter, read_adapter
-from onebase.injection import adapter_names
-from onebase.layers import LoraLayer
 from onebase.models.generation import generate
+from onebase.storage.format import load_adapter, read_adapter
 from onebase.training.loop import Stepped
 from onebase.training.record import RunRecord
 from onebase.training.run import LOCK, METRICS, OPTIONS, read_config, train

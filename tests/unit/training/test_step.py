@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from adapters import trained
+from onebase.adapters.injection import inject, new_adapter, trainable, use
 from onebase.config import LoraConfig
 from onebase.data.template import Encoded
 from onebase.errors import Diverged, TargetError
-from onebase.injection import inject, new_adapter, trainable, use
 from onebase.models.scoring import packed_loss, padded_loss
 from onebase.training.step import check_used, gradients, train_step
 from tiny import tiny

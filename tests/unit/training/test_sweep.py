@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from onebase.adapters.injection import adapter_names
+from onebase.adapters.layers import LoraLayer
 from onebase.errors import ConfigError, Diverged, OutputExists
 from onebase.files import process_lock
-from onebase.format import read_adapter
-from onebase.injection import adapter_names
-from onebase.layers import LoraLayer
+from onebase.storage.format import read_adapter
 from onebase.training import sweep as module
 from onebase.training.loop import Finished, Stepped
 from onebase.training.run import LOCK, METRICS, train

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from onebase.adapter import Origin
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import base_tensors, new_adapter
 from onebase.cli.main import main
 from onebase.config import LoraConfig
 from onebase.errors import BaseError, BaseMismatch, ConfigError, GateError
 from onebase.evaluation import evaluate
-from onebase.format import load_adapter, read_adapter
-from onebase.injection import base_tensors, new_adapter
 from onebase.models.base import wrap_base
 from onebase.models.generation import decode, generate
 from onebase.models.vocabulary import for_adapter, resolve_tokens
+from onebase.storage.format import load_adapter, read_adapter
 from onebase.training.prepare import prepare
 from onebase.training.run import read_config, train
 from texts import QUESTIONS, save_base, text_base, text_model, tokenizer, write_rows

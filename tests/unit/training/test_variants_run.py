@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from onebase.adapter import parted
+from onebase.adapters.adapter import parted
+from onebase.adapters.injection import injected, new_adapter
+from onebase.adapters.targets import match
+from onebase.adapters.variants import INITS
 from onebase.config import TrainConfig, build
 from onebase.data.pack import pad
 from onebase.errors import ConfigError, TargetError
-from onebase.injection import injected, new_adapter
 from onebase.models.loss import loss_sum
 from onebase.models.scoring import loss_tokens
-from onebase.targets import match
 from onebase.training import calibrate as calibration
 from onebase.training.calibrate import calibrate
 from onebase.training.loop import Evaluated, Stepped
 from onebase.training.plan import Plan
 from onebase.training.prepare import prepare
 from onebase.training.run import train
-from onebase.variants import INITS
 from texts import QUESTIONS, text_base, write_rows
 
 pytestmark = pytest.mark.slow

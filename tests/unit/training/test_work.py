@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from onebase.adapters.injection import eject, inject, new_adapter, trainable, use
+from onebase.adapters.targets import match
 from onebase.config import LoraConfig
 from onebase.data.pack import pack
 from onebase.data.template import Encoded
 from onebase.data.trie import Node, layout
-from onebase.injection import eject, inject, new_adapter, trainable, use
 from onebase.models.loss import loss_sum
 from onebase.models.packing import packed_attention
 from onebase.ops.cross_entropy import CHUNK
-from onebase.targets import match
 from onebase.training.work import (
     FACTORS,
     FROZEN,

@@ -1,0 +1,1 @@
+"""Adapter folders: PEFT's names and settings, safetensors tensor by tensor."""

@@ -1,0 +1,358 @@
+"""Adapter <-> PEFT's folder: adapter_config.json and adapter_model.safetensors. Nothing else knows those names.
+
+What PEFT's schema has no place for (base fingerprint, prompt format, provenance) goes into the safetensors
+metadata and a sidecar, onebase.json, never into adapter_config.json: older PEFT raises on unknown keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.fitting import fit_problems, with_kinds
+from onebase.adapters.layers import base_modules
+from onebase.adapters.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
+from onebase.config import ALL_LINEAR
+from onebase.errors import (
+    BaseMismatch,
+    ConfigError,
+    FormatError,
+    MissingFile,
+    OutputExists,
+    nearest,
+)
+from onebase.files import atomic_file, atomic_folder, write_text
+from onebase.options import fits
+from onebase.storage.peft_config import (
+    from_peft,
+    is_refused,
+    names_start,
+    refusal_hint,
+    saved_modules,
+    target_spec,
+    to_peft,
+    type_problems,
+)
+from onebase.storage.peft_tensors import (
+    comes_last,
+    lowrank_updates,
+    places,
+    sort_tensors,
+    target_names,
+    to_peft_tensors,
+    widens,
+    without_idle,
+)
+from onebase.storage.peft_tokens import missing_rows, take_rows, to_peft_rows
+
+MAX_JSON = 100_000_000  # bytes; as many as safetensors allows its headers
+CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
+    """Write an adapter folder that PEFT reads, as a whole or not at all. Raises OutputExists, OutputError."""
+    target = Path(folder)
+    if target.exists() and not overwrite:
+        raise OutputExists(
+            f"save to {target}", "it exists already", hint="choose another folder or pass overwrite=True"
+        )
+    with atomic_folder(target) as temporary:
+        write_adapter(adapter, temporary)
+    return target
+
+
+def write_adapter(adapter: Adapter, folder: str | Path) -> None:
+    """Write an adapter's files into a folder, each atomically, the config last."""
+    folder = Path(folder)
+    origin = adapter.origin
+    metadata = {"format": "pt", "onebase.base": origin.base, "onebase.base_fingerprint": origin.fingerprint}
+    stored = to_peft_tensors(adapter) | to_peft_rows(adapter)
+    with atomic_file(folder / TENSORS) as temporary:
+        # Copies, as safetensors refuses tensors that share memory and views that are not contiguous.
+        layout = torch.contiguous_format
+        tensors = {n: t.clone(memory_format=layout) for n, t in stored.items()}
+        temporary.write_bytes(_serialised(tensors, metadata))
+    sidecar = {
+        "base": {"name": origin.base, "fingerprint": origin.fingerprint},
+        "prompt": dict(origin.prompt),
+        "training": dict(origin.training),
+    } | ({} if names_start(adapter.config) else {"start": adapter.config.init})
+    sidecar |= {"tokens": dict(origin.tokens)} if origin.tokens else {}
+    write_text(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
+    # In order, but for what stands inside: of rank_pattern's keys the first one that matches counts.
+    settings = dict(sorted(to_peft(adapter).items()))
+    write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes each time: the library writes its metadata in random order."""
+    data = save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    ordered = {"__metadata__": dict(sorted(metadata.items()))} | {
+        n: v for n, v in header.items() if n != "__metadata__"
+    }
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+class HasModel(Protocol):
+    """What loading needs of a base: its model, and the digest of its stored tensors (empty if unknown)."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Stored(NamedTuple):
+    """An adapter folder as read: the adapter, PEFT's config as it stands, and copies of base tensors in it."""
+
+    adapter: Adapter
+    raw: Mapping[str, Any]
+    base_copies: Mapping[str, Tensor]
+
+
+def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool = False) -> Adapter:
+    """Read an adapter and prove that it belongs to this base.
+
+    Every tensor that the config promises for this model must be there, none besides, each of the right shape;
+    a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
+    where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
+    """
+    stored = read_stored(folder, base.model)
+    adapter, problems = _with_added_tokens(stored, base.model), list[str]()
+    problems += fit_problems(base.model, adapter)
+    wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
+    problems += [
+        f"{path}: missing: the config targets it, the file has no tensors for it" for path in wanted - given
+    ]
+    problems += [
+        f"{path}: unexpected: the file has tensors, the config does not target it" for path in given - wanted
+    ]
+    problems += missing_rows(dict(base_modules(base.model)), stored.raw, adapter.tokens)
+    own = _weights(base.model) if stored.base_copies else {}
+    problems += [
+        f"{name}: the adapter carries this base tensor, and it is not the base's"
+        for name, tensor in stored.base_copies.items()
+        if name in own and name.removesuffix(".weight") not in adapter.full and not _same(tensor, own[name])
+    ]
+    theirs = adapter.origin.fingerprint
+    if theirs and base.fingerprint and theirs != base.fingerprint and not allow_base_mismatch:
+        problems.append(
+            f"made for base {adapter.origin.base} with fingerprint {theirs}, this base has {base.fingerprint} "
+            "(--allow-base-mismatch to go on)"
+        )
+    if problems:
+        raise BaseMismatch(f"adapter {folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems)))
+    return with_kinds(base.model, adapter)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight by its full name, a tied one by each."""
+    found = {f"{path}.weight": getattr(m, "weight", None) for path, m in base_modules(model)}
+    return {name: weight for name, weight in found.items() if isinstance(weight, Tensor)}
+
+
+def _with_added_tokens(stored: Stored, model: nn.Module) -> Adapter:
+    """The adapter with the embeddings that have more rows than the base's as modules trained in full.
+
+    PEFT stores an embedding and a head whole where tokens were added to the vocabulary; a tied one comes once.
+    """
+    own = _weights(model) if stored.base_copies else {}
+    grown: dict[str, Tensor] = {}
+    for name, tensor in stored.base_copies.items():
+        if name in own and tensor.shape[1:] == own[name].shape[1:] and len(tensor) > len(own[name]):
+            tied = [n for n, weight in own.items() if weight is own[name]]
+            grown |= {n.removesuffix(".weight"): tensor for n in tied if n not in grown}
+    adapter = stored.adapter
+    saved = (*adapter.config.modules_to_save, *(path for path in grown if path not in adapter.full))
+    full = {path: {"weight": tensor.float()} for path, tensor in grown.items()} | dict(adapter.full)
+    return replace(adapter, config=replace(adapter.config, modules_to_save=saved), full=full)
+
+
+def _same(copy: Tensor, own: Tensor) -> bool:
+    """Equal at the coarser of the two dtypes: PEFT stores the copy in the dtype that the base was loaded in."""
+    coarse = min((copy.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).bits)
+    return copy.shape == own.shape and torch.equal(copy.to(coarse), own.detach().to(coarse).cpu())
+
+
+def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
+    """The modules that PEFT would adapt for this config."""
+    spec = target_spec(raw)
+    if spec.targets == ALL_LINEAR:
+        undropped = replace(adapter.config, dropout=0.0)
+        return {target.path for target in match(model, undropped).targets}
+    full = tuple(path + "." for path in adapter.full)
+    found = {
+        path
+        for path, site in adaptable(model).items()
+        if any(spec_matches(spec.targets, one) for one in (path, site.owner))
+        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in (path, site.owner)))
+        and (not spec.layers or split_path(path)[1] in spec.layers)
+    }
+    named = parameter_sites(dict(base_modules(model)), spec.parameters)
+    return {path for path in (*found, *named) if not (path + ".").startswith(full)}
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder without a base; only `load_adapter` can tell whether it fits one."""
+    return read_stored(folder).adapter
+
+
+def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
+    """Read a folder that onebase or PEFT wrote. Raises MissingFile, or FormatError that lists every problem.
+
+    Factors are widened to float32, which is exact. Nothing is unpickled. The base's model, where it is known, tells
+    which parameters a stored update belongs to; else the order in the config does.
+    """
+    folder = Path(folder)
+    raw = _read_config(folder)
+    tensors, metadata = _read_tensors(folder)
+    sidecar = _read_sidecar(folder, metadata)
+    modules = dict(base_modules(model)) if model is not None else None
+    raw = raw | _ordered_parameters(raw, sidecar, modules)
+    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
+    if odd_types:
+        raise _broken(folder, odd_types)
+    problems = _tensor_problems(tensors)
+    rows = take_rows(tensors, raw)
+    parts = sort_tensors(rows.others, saved_modules(raw))
+    problems += parts.odd + rows.problems
+    if not parts.lows and not parts.full and not rows.tokens:
+        problems.append("it holds no adapter tensor at all")
+        raise _broken(folder, problems)
+    try:
+        lows = without_idle(parts.lows, modules) if modules is not None else parts.lows
+        at = places([*lows], target_spec(raw), modules, ordered=bool(sidecar))
+        config = from_peft(raw, sorted(target_names(at)), sidecar.get("start", ""))
+    except ConfigError as error:
+        raise FormatError(f"read {folder / CONFIG}", str(error)) from error
+    lowrank, misfits = lowrank_updates(lows, at, config, raw)
+    problems += misfits
+    if problems:
+        raise _broken(folder, problems)
+    origin = _origin(raw, sidecar, metadata)
+    return Stored(Adapter(config, lowrank, parts.full, origin, rows.tokens), raw, parts.copies)
+
+
+def _ordered_parameters(
+    raw: Mapping[str, Any], sidecar: Mapping[str, Any], modules: Mapping[str, nn.Module] | None
+) -> dict[str, Any]:
+    """`target_parameters` in the order in which their modules register them, which PEFT does not keep and onebase does.
+
+    Without the base it is known of transformers' experts, whose projection down comes last.
+    """
+    listed: list[str] = raw.get("target_parameters") or []
+    if modules is not None:
+        found = [*parameter_sites(modules, listed)]
+        key = {name: next((n for n, f in enumerate(found) if name_matches(name, f)), 0) for name in listed}
+        listed = sorted(listed, key=key.__getitem__)
+    elif not sidecar:
+        listed = sorted(listed, key=comes_last)
+    return {"target_parameters": listed} if listed else {}
+
+
+def _broken(folder: Path, problems: list[str]) -> FormatError:
+    return FormatError(f"adapter {folder} is broken", "\n  " + "\n  ".join(problems))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        near = (
+            nearest(folder.name, (p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else []
+        )
+        raise MissingFile(f"adapter {folder}", "no such folder", near)
+    raw = _read_json(folder / CONFIG)
+    unknown = [f"{key}={value!r}" for key, value in raw.items() if is_refused(key, value)]
+    if unknown:
+        asked = f"adapter {folder} uses settings that onebase does not compute"
+        raise FormatError(
+            asked, ", ".join(unknown), hint=refusal_hint([text.partition("=")[0] for text in unknown])
+        )
+    if problems := type_problems(raw):
+        raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
+    return raw
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        found = "no such file; the folder holds " + (
+            ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
+        )
+        raise MissingFile(f"read {path}", found)
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise FormatError(f"read {path}", f"{size} bytes, at most {MAX_JSON} are read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or stored
+    except (ValueError, OSError, RecursionError) as error:
+        raise FormatError(f"read {path}", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"read {path}", f"a JSON object was expected, found {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
+        raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+        found = f"broken or cut short ({path.stat().st_size} bytes): {error}"
+        if pickled:
+            found = "a pickle under a safetensors name, which onebase never loads"
+        raise FormatError(f"read {path}", found) from error
+
+
+def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if not (folder / SIDECAR).is_file():
+        return {}
+    sidecar = _read_json(folder / SIDECAR)
+    odd = [name for name in ("base", "prompt", "training") if not isinstance(sidecar.get(name, {}), dict)]
+    if not fits(dict[str, int], sidecar.get("tokens", {})):
+        raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
+    if not isinstance(sidecar.get("start", ""), str):
+        raise FormatError(f"read {folder / SIDECAR}", "start must be a text")
+    if odd:
+        raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
+    recorded, inside = (
+        sidecar.get("base", {}).get("fingerprint", ""),
+        metadata.get("onebase.base_fingerprint", ""),
+    )
+    if recorded != inside:
+        found = f"it says fingerprint {recorded or 'none'}, {TENSORS} says {inside or 'none'}"
+        raise FormatError(f"read {folder / SIDECAR}", found, hint="the two files are from different adapters")
+    return sidecar
+
+
+def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.float().isfinite().all()]
+
+
+def _origin(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mapping[str, str]) -> Origin:
+    return Origin(
+        base=raw.get("base_model_name_or_path") or "",
+        fingerprint=metadata.get("onebase.base_fingerprint", ""),
+        task=raw.get("task_type") or "",
+        prompt=sidecar.get("prompt", {}),
+        training=sidecar.get("training", {}),
+        tokens=sidecar.get("tokens", {}),
+    )

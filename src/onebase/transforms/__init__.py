@@ -1,0 +1,1 @@
+"""Adapters in, an adapter or a plain model out: combine, merge, export."""
