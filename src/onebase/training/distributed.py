@@ -7,6 +7,7 @@ for which everything here does nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -161,6 +162,7 @@ def joined() -> Generator[World]:
     finally:
         if own:
             dist.destroy_process_group()
+            gc.collect()  # groups and meshes stand in cycles; left to the interpreter's end their threads can abort it
 
 
 def shares(lengths: Sequence[int], count: int) -> list[range]:
