@@ -14,9 +14,11 @@ from onebase.cli.configs import InspectConfig
 from onebase.cli.console import console, table
 from onebase.config import build, flatten
 from onebase.errors import ConfigError
+from onebase.ops.lowrank import update
 from onebase.storage.format import TENSORS, read_adapter
 from onebase.training.report import count, size
 
+VARIANTS = {"rslora": "rsLoRA", "dora": "DoRA", "lora_bias": "with bias"}
 TRAINING = ("steps", "tokens", "rows", "loss")
 
 
@@ -46,7 +48,7 @@ def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
             "out": low.B.shape[0],
             "rank": low.rank,
             "scale": low.scale,
-            "norm": float((low.B @ low.A).norm() * abs(low.scale)),
+            "norm": float(update(low.factors).norm()),
         }
         for path, low in adapter.lowrank.items()
     ]
@@ -84,7 +86,9 @@ def _print(facts: dict[str, Any]) -> None:
             facts["base"]["fingerprint"] or "not recorded: whether a base is the right one cannot be told",
         ),
         ("size", f"{count(facts['parameters'])} parameters, {size(facts['bytes'])}"),
-        ("rank, alpha", f"{config['rank']}, {config['alpha']:g}{', rsLoRA' if config['rslora'] else ''}"),
+        ("rank, alpha", f"{config['rank']}, {config['alpha']:g}"),
+        ("variant", ", ".join(["LoRA", *(text for name, text in VARIANTS.items() if config[name])])),
+        ("start", config["init"]),
         ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
         ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
     ]
