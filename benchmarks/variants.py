@@ -43,6 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> what it adds to plain LoRA of
     "eva, lora-fa": {"init": "eva", "freeze_a": True},
 }
 GRID = (2.5e-4, 5e-4, 1e-3, 2e-3)
+SAME = {
+    "float32": 1e-5,
+    "bfloat16": 3e-2,
+}  # an untrained adapter's loss and the base's: two ways to compute one thing
 STEP, MOVES = 2.0, 4  # how a grid goes on beyond its edge, and how often
 
 
@@ -205,7 +209,9 @@ def report(runs: Mapping[str, list[Mapping[str, float]]], task: Task, seeds: int
     show(title, head, table)
     ended = [run for here in runs.values() for run in here if "start_loss" in run]
     off = max(abs(run["start_loss"] / run["base_loss"] - 1) for run in ended)
-    gate = Gate("largest change of the base's loss by an untrained adapter, relative", off, 1e-5)
+    gate = Gate(
+        "largest change of the base's loss by an untrained adapter, relative", off, SAME[first["dtype"]]
+    )
     ours = {variant: mean(found) for variant, found in losses.items()}
     every = dict.fromkeys
     result = Result(
