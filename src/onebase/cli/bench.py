@@ -40,7 +40,6 @@ from onebase.training.record import json_ready
 from onebase.training.speed import bound_seconds, measure, part_speed
 from onebase.training.step import train_step
 from onebase.training.work import (
-    FACTORS,
     FULL,
     Decoder,
     Load,
@@ -156,7 +155,7 @@ def matrix_bound(
     shapes: dict[Product, float] = {}
     each = 0.0
     for part, products in parts.items():
-        kind = torch.float32 if part in (FACTORS, FULL) else dtype  # what is trained is float32
+        kind = torch.float32 if part == FULL else dtype
         found = measure(products, kind, device, seconds * len(products) / count)
         each += product_flop(products) / part_speed(products, found)
         shapes |= {product: max(speed, shapes.get(product, 0.0)) for product, speed in found.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from onebase.ops.lowrank import Factors
+from onebase.ops.products import added_product, product
 
 T = TypeVar("T")
 
@@ -52,9 +53,9 @@ class Share(NamedTuple, Generic[T]):
 
 
 class Projected(NamedTuple):
-    """The layers' outputs side by side (T, sum of out), and each share's x·Aᵀ side by side (rows, sum of ranks)."""
+    """Each layer's output (T, out), and each share's x·Aᵀ side by side (rows, sum of ranks)."""
 
-    y: Tensor
+    y: list[Tensor]
     h: list[Tensor]
 
 
@@ -62,34 +63,30 @@ def project(x: Tensor, layers: Sequence[Linear], shares: Sequence[Share[Factors]
     """All layers on one input x (T, in). Rows in no share get no update; no row is in two.
 
     Semantics, for each layer and, on each share's rows, its update:
-        y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ          the update in A's dtype, the sum cast once to x's
+        y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ          all in x's dtype, to which A and B are cast
+    On a bfloat16 base this is what torch's autocast makes of float32 factors; the factors themselves stay as they are.
     """
-    y = x.new_empty(x.shape[0], sum(layer.weight.shape[0] for layer in layers))
-    columns = y.split([layer.weight.shape[0] for layer in layers], dim=1)
-    for layer, part in zip(layers, columns, strict=True):
-        if layer.bias is None:
-            torch.mm(x, layer.weight.T, out=part)
-        else:
-            torch.addmm(layer.bias, x, layer.weight.T, out=part)
-    h = [_add_updates(x[own.start : own.stop], columns, own) for own in shares]
+    y = [product(x, layer.weight, layer.bias) for layer in layers]
+    h = [
+        _add_updates(x[own.start : own.stop], [part[own.start : own.stop] for part in y], own)
+        for own in shares
+    ]
     return Projected(y, h)
 
 
-def _add_updates(x: Tensor, columns: Sequence[Tensor], own: Share[Factors]) -> Tensor:
-    """Add a share's updates, of its rows x, to the layers' outputs; gives the x·Aᵀ side by side."""
-    present = own.present
+def _add_updates(x: Tensor, outputs: Sequence[Tensor], own: Share[Factors]) -> Tensor:
+    """Add a share's updates, of its rows x, to its rows of the layers' outputs; gives the x·Aᵀ side by side."""
+    present = _cast(own.present, x.dtype)
     if not present:
         return x.new_empty(x.shape[0], 0)
-    wide = x.to(present[0].A.dtype)
     if own.dropout is None:
-        h = wide @ _stack(present).T
+        h = product(x, _stack(present))
     else:
-        dropped = (wide * own.dropout.mask(wide, number) for number in range(len(present)))
-        h = torch.cat([part @ low.A.T for part, low in zip(dropped, present, strict=True)], dim=1)
-    parts = iter(h.split([low.A.shape[0] for low in present], dim=1))
-    for low, part in zip(own.updates, columns, strict=True):
-        if low is not None:
-            _add_product(part[own.start : own.stop], next(parts), low.B.T, low.scale)
+        dropped = (x * own.dropout.mask(x, number) for number in range(len(present)))
+        h = torch.cat([product(part, low.A) for part, low in zip(dropped, present, strict=True)], dim=1)
+    adapted = (part for low, part in zip(own.updates, outputs, strict=True) if low is not None)
+    for low, part, own_h in zip(present, adapted, h.split(_ranks(present), dim=1), strict=True):
+        part.addmm_(own_h, low.B.T, alpha=low.scale)
     return h
 
 
@@ -101,68 +98,68 @@ class Gradients(NamedTuple):
 
 
 def project_backward(
-    dy: Tensor,
+    dy: Sequence[Tensor],
     projected: tuple[Tensor, Sequence[Tensor]],
     layers: Sequence[Linear],
     shares: Sequence[Share[Factors]],
     wants_x: bool,
 ) -> Gradients:
-    """The gradients for dy (T, sum of out), from `projected` = (x, h): the input, and what `project` gave beside y."""
+    """The gradients for dy, (T, out) for each layer; `projected` = (x, h): the input, and `project`'s h."""
     x, h = projected
-    columns = dy.split([layer.weight.shape[0] for layer in layers], dim=1)
-    dx = _input_gradient(columns, layers) if wants_x else None
+    dx = _input_gradient(dy, layers) if wants_x else None
     factors: list[Tensor] = []
     for own, h_own in zip(shares, h, strict=True):
         rows = slice(own.start, own.stop)
-        parts = [part[rows] for part in columns]
+        parts = [part[rows] for part in dy]
         factors += _update_gradients(parts, (x[rows], h_own), None if dx is None else dx[rows], own)
     return Gradients(dx, factors)
 
 
 def _update_gradients(
-    columns: Sequence[Tensor], projected: tuple[Tensor, Tensor], dx: Tensor | None, share: Share[Factors]
+    dy: Sequence[Tensor], projected: tuple[Tensor, Tensor], dx: Tensor | None, share: Share[Factors]
 ) -> list[Tensor]:
     """The gradients of a share's factors, from its rows of all else; what flows to x through them is added to dx."""
-    (x, h), dropout, lows = projected, share.dropout, share.present
+    (x, h), dropout, lows = projected, share.dropout, _cast(share.present, projected[0].dtype)
     if not lows:
         return []
-    present = [(low, part) for low, part in zip(share.updates, columns, strict=True) if low is not None]
-    ranks = [low.A.shape[0] for low in lows]
-    dh, d_bs = torch.empty_like(h), list[Tensor]()
-    for (low, part), own, d_own in zip(present, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
-        wide = part.to(h.dtype)
-        torch.mm(wide, low.B, out=d_own).mul_(low.scale)
-        # hᵀ·dY and then the transpose: a tall result ran 2.7 times slower than this wide one.
-        d_bs.append((own.T @ wide).mul_(low.scale).T)
-    wide = x.to(h.dtype)
+    adapted = [part for low, part in zip(share.updates, dy, strict=True) if low is not None]
+    ranks = _ranks(lows)
+    d_hs = [product(part, low.B.T).mul_(low.scale) for low, part in zip(lows, adapted, strict=True)]
+    # hᵀ·dY and then the transpose: a tall result ran 2.7 times slower than this wide one.
+    d_bs = [
+        product(own.T, part.T).mul_(low.scale).T
+        for low, part, own in zip(lows, adapted, h.split(ranks, dim=1), strict=True)
+    ]
     if dropout is None:
-        d_as = list((dh.T @ wide).split(ranks))
+        dh = d_hs[0] if len(d_hs) == 1 else torch.cat(d_hs, dim=1)
+        d_as = list(product(dh.T, x.T).split(ranks))
         if dx is not None:
-            _add_product(dx, dh, _stack(lows), 1.0)
+            dx.addmm_(dh, _stack(lows))
     else:
         d_as = list[Tensor]()
-        for number, (low, d_own) in enumerate(zip(lows, dh.split(ranks, 1), strict=True)):
-            mask = dropout.mask(wide, number)
-            d_as.append(d_own.T @ (wide * mask))
+        for number, (low, d_own) in enumerate(zip(lows, d_hs, strict=True)):
+            mask = dropout.mask(x, number)
+            d_as.append(product(d_own.T, (x * mask).T))
             if dx is not None:
-                dx += (d_own @ low.A).mul_(mask)
-    return [gradient for pair in zip(d_as, d_bs, strict=True) for gradient in pair]
+                dx += product(d_own, low.A.T).mul_(mask)
+    pairs = zip(d_as, d_bs, share.present, strict=True)
+    return [gradient.to(low.A.dtype) for *pair, low in pairs for gradient in pair]
+
+
+def _cast(lows: Sequence[Factors], dtype: torch.dtype) -> list[Factors]:
+    return [low._replace(A=low.A.to(dtype), B=low.B.to(dtype)) for low in lows]
+
+
+def _ranks(lows: Sequence[Factors]) -> list[int]:
+    return [low.A.shape[0] for low in lows]
 
 
 def _stack(lows: Sequence[Factors]) -> Tensor:
     return lows[0].A if len(lows) == 1 else torch.cat([low.A for low in lows])
 
 
-def _input_gradient(columns: Sequence[Tensor], layers: Sequence[Linear]) -> Tensor:
-    dx = columns[0] @ layers[0].weight
-    for part, layer in zip(columns[1:], layers[1:], strict=True):
-        dx.addmm_(part, layer.weight)
+def _input_gradient(dy: Sequence[Tensor], layers: Sequence[Linear]) -> Tensor:
+    dx = product(dy[0], layers[0].weight.T)
+    for part, layer in zip(dy[1:], layers[1:], strict=True):
+        dx = added_product(dx, part, layer.weight.T)
     return dx
-
-
-def _add_product(to: Tensor, one: Tensor, other: Tensor, scale: float) -> None:
-    """Add scale · one·other in place, in the product's dtype where that is another."""
-    if to.dtype == one.dtype:
-        to.addmm_(one, other, alpha=scale)
-    else:
-        to.copy_(to + (one @ other).mul_(scale))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from onebase.ops.products import product
+
 # Rows whose logits exist at once. Fewer make the head's products small, more leave the cache and cost memory.
 CHUNK = 128
 
@@ -53,7 +55,9 @@ class _CrossEntropy(torch.autograd.Function):
             if d_hidden is not None and d_logits is not None:
                 if slope is not None:
                     d_logits.mul_(slope)
-                torch.mm(d_logits.mul_(head.scale).to(hidden.dtype), head.weight, out=d_hidden[part])
+                if head.scale != 1.0:
+                    d_logits.mul_(head.scale)
+                d_hidden[part] = product(d_logits.to(hidden.dtype), head.weight.T)
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
         return total
@@ -66,10 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _logits(hidden: Tensor, head: Head, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Logits of a chunk, and the softcap's slope where there is one."""
-    if head.bias is None:
-        logits = (hidden @ head.weight.T).to(wide)
-    else:
-        logits = torch.addmm(head.bias, hidden, head.weight.T).to(wide)
+    logits = product(hidden, head.weight, head.bias).to(wide)
     if head.scale != 1.0:
         logits.mul_(head.scale)
     if head.softcap is None:

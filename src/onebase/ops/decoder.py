@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from onebase.ops.adapted import Dropout, Linear, Share, project, project_backward
-from onebase.ops.gates import gated, gated_backward
+from onebase.ops.gates import Halves, gated, gated_backward
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm, norm, norm_backward
 from onebase.ops.prefix import Block, Heads, Scoring, prefix_attention, prefix_attention_backward
@@ -76,6 +76,11 @@ class Layer(NamedTuple):
     residual: float = 1.0
     parallel: bool = False
 
+    @property
+    def inner(self) -> list[int]:
+        """The columns of gate and up in their projection's output."""
+        return [self.linears.down[0].weight.shape[1]] * 2
+
 
 Updates = Groups[tuple[Factors | None, ...]]
 
@@ -102,14 +107,16 @@ class _State(NamedTuple):
     """What the backward reads. None: not needed by this layer."""
 
     x: Tensor
-    raw: Tensor | None  # q, k (and v) before their norms
+    raw_q: Tensor | None  # q and k before their norms
+    raw_k: Tensor | None
     q: Tensor
     k: Tensor
     v: Tensor
     attended: Tensor
     a: Tensor | None  # the attention's output before its norm
     mid: Tensor | None
-    gate_up: Tensor
+    gate: Tensor
+    up: Tensor
     m: Tensor | None  # the MLP's output before its norm
     h: Groups[list[Tensor]]
 
@@ -210,25 +217,28 @@ def _adapted(group: Sequence[Share[Factors]]) -> bool:
 def _forward(x: Tensor, call: Call, shares: _Shares[Factors]) -> tuple[Tensor, _State]:
     layer, norms = call.layer, call.layer.norms
     n = _normed(x, norms.before_attention)
-    raw, h_qkv = project(n, layer.linears.qkv, shares.qkv)
+    y, h_qkv = project(n, layer.linears.qkv, shares.qkv)
+    raw = _parts(y, layer.attention.sizes)
     heads = _heads(raw, layer.attention, call.rotation)
     attended = prefix_attention(heads, call.blocks, layer.attention.scoring)
-    a, h_out = project(_merged(attended), layer.linears.out, shares.out)
+    (a,), h_out = project(_merged(attended), layer.linears.out, shares.out)
     mid = _added(x, _normed(a, norms.after_attention), layer.residual)
     if not layer.parallel:
         n = _normed(mid, norms.before_mlp)
-    gate_up, h_gate_up = project(n, layer.linears.gate_up, shares.gate_up)
+    y, h_gate_up = project(n, layer.linears.gate_up, shares.gate_up)
+    gate_up = Halves(*_parts(y, layer.inner))
     z = gated(gate_up, layer.activation).z
-    m, h_down = project(z, layer.linears.down, shares.down)
+    (m,), h_down = project(z, layer.linears.down, shares.down)
     y = _added(mid, _normed(m, norms.after_mlp), layer.residual)
     state = _State(
         x,
-        raw if layer.attention.q_norm else None,
+        raw[0] if layer.attention.q_norm else None,
+        raw[1] if layer.attention.k_norm else None,
         *heads,
         attended,
         a if norms.after_attention else None,
         None if layer.parallel else mid,
-        gate_up,
+        *gate_up,
         m if norms.after_mlp else None,
         Groups(h_qkv, h_out, h_gate_up, h_down),
     )
@@ -247,12 +257,17 @@ def _backward(
     n = _normed(state.x, norms.before_attention) if layer.parallel or _adapted(shares.qkv) else state.x
 
     dm = _before_norm(_times(dy, layer.residual), state.m, norms.after_mlp)
-    gates = gated(state.gate_up, layer.activation)
-    dz, d_down = project_backward(dm, (gates.z, state.h.down), layer.linears.down, shares.down, wants_gate_up)
+    gate_up = Halves(state.gate, state.up)
+    gates = gated(gate_up, layer.activation)
+    dz, d_down = project_backward(
+        [dm], (gates.z, state.h.down), layer.linears.down, shares.down, wants_gate_up
+    )
     d_n, d_gate_up = None, list[Tensor]()
     if dz is not None:
+        d_outputs = _blank(dz, layer.linears.gate_up)
+        gated_backward(dz, gates, gate_up, layer.activation, Halves(*_parts(d_outputs, layer.inner)))
         d_n, d_gate_up = project_backward(
-            gated_backward(dz, gates, state.gate_up, layer.activation),
+            d_outputs,
             (n if state.mid is None else _normed(state.mid, norms.before_mlp), state.h.gate_up),
             layer.linears.gate_up,
             shares.gate_up,
@@ -282,7 +297,7 @@ def _attention_backward(
     (n, wants_qkv, wants_x), layer = wanted, call.layer
     da = _before_norm(_times(d_mid, layer.residual), state.a, layer.norms.after_attention)
     merged = _merged(state.attended)
-    d_merged, d_out = project_backward(da, (merged, state.h.out), layer.linears.out, shares.out, wants_qkv)
+    d_merged, d_out = project_backward([da], (merged, state.h.out), layer.linears.out, shares.out, wants_qkv)
     if d_merged is None:
         return None, [], d_out
     heads = Heads(state.q, state.k, state.v)
@@ -290,38 +305,48 @@ def _attention_backward(
     d_heads = prefix_attention_backward(
         d_attended, state.attended, heads, call.blocks, layer.attention.scoring
     )
-    d_raw = _heads_backward(d_heads, state, layer.attention, call.rotation)
-    d_x, d_qkv = project_backward(d_raw, (n, state.h.qkv), layer.linears.qkv, shares.qkv, wants_x)
+    d_outputs = _blank(d_merged, layer.linears.qkv)
+    d_raw = _parts(d_outputs, layer.attention.sizes)
+    _heads_backward(d_heads, state, layer.attention, call.rotation, d_raw)
+    d_x, d_qkv = project_backward(d_outputs, (n, state.h.qkv), layer.linears.qkv, shares.qkv, wants_x)
     return d_x, d_qkv, d_out
 
 
-def _heads(raw: Tensor, spec: Attention, rotation: Rotation | None) -> Heads:
-    """q (n, T, g, d), k and v (n, T, d) from their projections side by side (T, columns): normed and turned."""
-    q, k, v = raw.split(spec.sizes, dim=1)
+def _heads(raw: Sequence[Tensor], spec: Attention, rotation: Rotation | None) -> Heads:
+    """q (n, T, g, d), k and v (n, T, d) from their projections (T, columns): normed and turned."""
+    q, k, v = raw
     turned: list[Tensor] = []
     for part, spec_norm in ((q, spec.q_norm), (k, spec.k_norm)):
         by_token = _split(_head_normed(part, spec_norm, spec), spec)
         rows, heads, group, width = by_token.shape
-        turned.append(raw.new_empty(heads, rows, group, width))
+        turned.append(q.new_empty(heads, rows, group, width))
         rotate(by_token, rotation, turned[-1].transpose(0, 1))
     return Heads(turned[0], turned[1][:, :, 0], _split(v, spec)[:, :, 0].transpose(0, 1).contiguous())
 
 
-def _heads_backward(d_heads: Heads, state: _State, spec: Attention, rotation: Rotation | None) -> Tensor:
-    """The gradient of the projections (T, columns) from those of the heads."""
-    d_raw = state.x.new_empty(state.x.shape[0], sum(spec.sizes))
-    parts = d_raw.split(spec.sizes, dim=1)
+def _heads_backward(
+    d_heads: Heads, state: _State, spec: Attention, rotation: Rotation | None, out: Sequence[Tensor]
+) -> None:
+    """Write the gradients of the projections (T, columns), from those of the heads, into `out`."""
     back = rotation and rotation.inverse
-    for part, gradient, turn in zip(parts, d_heads, (back, back, None), strict=True):
-        by_head = gradient.to(d_raw.dtype).view(spec.kv_heads, len(d_raw), -1, spec.width)
+    for part, gradient, turn in zip(out, d_heads, (back, back, None), strict=True):
+        by_head = gradient.to(part.dtype).view(spec.kv_heads, len(part), -1, spec.width)
         rotate(by_head.transpose(0, 1), turn, _split(part, spec))
-    if state.raw is not None:
-        raw = state.raw.split(spec.sizes, dim=1)
-        for part, before, spec_norm in zip(parts, raw, (spec.q_norm, spec.k_norm, None), strict=True):
-            if spec_norm is not None:
-                gradient = norm_backward(_for_norm(part, spec), _for_norm(before, spec), spec_norm)
-                part.copy_(gradient.view(part.shape))
-    return d_raw
+    norms = ((state.raw_q, spec.q_norm), (state.raw_k, spec.k_norm))
+    for part, (before, spec_norm) in zip(out, norms, strict=False):
+        if before is not None and spec_norm is not None:
+            gradient = norm_backward(_for_norm(part, spec), _for_norm(before, spec), spec_norm)
+            part.copy_(gradient.view(part.shape))
+
+
+def _blank(like: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+    """Room for the gradient (T, out) of each layer's output."""
+    return [like.new_empty(len(like), layer.weight.shape[0]) for layer in layers]
+
+
+def _parts(outputs: Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The layers' outputs, one layer's cut by its columns where it is several in one."""
+    return outputs if len(outputs) == len(sizes) else outputs[0].split(sizes, dim=1)
 
 
 def _split(x: Tensor, spec: Attention) -> Tensor:

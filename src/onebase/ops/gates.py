@@ -13,19 +13,27 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An activation, and its gradient from (that of its output, its input)."""
+    """An activation, and its gradient from (that of its output, its input), written into a third tensor."""
 
     value: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 ACTIVATIONS = {
-    "silu": Activation(F.silu, lambda dy, x: _aten.silu_backward(dy, x)),
-    "gelu": Activation(F.gelu, lambda dy, x: _aten.gelu_backward(dy, x)),
+    "silu": Activation(F.silu, lambda dy, x, dx: _aten.silu_backward.grad_input(dy, x, grad_input=dx)),
+    "gelu": Activation(F.gelu, lambda dy, x, dx: _aten.gelu_backward.grad_input(dy, x, grad_input=dx)),
     "gelu_tanh": Activation(
-        lambda x: F.gelu(x, approximate="tanh"), lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh")
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x, dx: _aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=dx),
     ),
 }
+
+
+class Halves(NamedTuple):
+    """What a gated MLP multiplies, or the gradients of these: (T, n) each, of any strides."""
+
+    gate: Tensor
+    up: Tensor
 
 
 class Gated(NamedTuple):
@@ -35,21 +43,16 @@ class Gated(NamedTuple):
     active: Tensor
 
 
-def gated(gate_up: Tensor, activation: str) -> Gated:
-    """act(gate) · up for gate_up (T, 2n), whose first n columns are the gate.
+def gated(x: Halves, activation: str) -> Gated:
+    """act(gate) · up.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    active = ACTIVATIONS[activation].value(gate)
-    return Gated(active * up, active)
+    active = ACTIVATIONS[activation].value(x.gate)
+    return Gated(active * x.up, active)
 
 
-def gated_backward(dz: Tensor, done: Gated, gate_up: Tensor, activation: str) -> Tensor:
-    """The gradient (T, 2n) of gate_up."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    gradient = torch.empty_like(gate_up)
-    d_gate, d_up = gradient.chunk(2, dim=-1)
-    torch.mul(dz, done.active, out=d_up)
-    d_gate.copy_(ACTIVATIONS[activation].gradient(dz * up, gate))
-    return gradient
+def gated_backward(dz: Tensor, done: Gated, x: Halves, activation: str, out: Halves) -> None:
+    """Write the gradients of gate and up into `out`. The memory of dz is used for it."""
+    torch.mul(dz, done.active, out=out.up)
+    ACTIVATIONS[activation].gradient(dz.mul_(x.up), x.gate, out.gate)

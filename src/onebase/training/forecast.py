@@ -12,7 +12,7 @@ from onebase.data.template import Encoded
 from onebase.models.base import Base
 from onebase.training.plan import Plan
 from onebase.training.prepare import Prepared
-from onebase.training.speed import Prediction, measure_speeds, predict
+from onebase.training.speed import ENGINE, MODEL, Prediction, measure_speeds, predict
 from onebase.training.work import (
     ATTENTION,
     ELEMENTWISE,
@@ -57,7 +57,8 @@ def forecast(base: Base, config: TrainConfig, ready: Prepared, plan: Plan) -> Pr
     probe = load._replace(
         losses=max(load.losses, 1)
     )  # scoring goes through the head even where training does not
-    speeds = measure_speeds(decoder, probe, weight.dtype, weight.device)
+    how = ENGINE if ready.way.name == "engine" else MODEL
+    speeds = measure_speeds(decoder, probe, weight.dtype, weight.device, how)
     tokens = round(scale * sum(one.tokens for one in loads))
     per_step = {OPTIMIZER: float(OPTIMIZER_BYTES * plan.trainable)}
     steps = predict(_per_token(decoder, load, weight.dtype), per_step, speeds, tokens, plan.steps)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
+from onebase.ops.products import product as weight_product
 from onebase.training.work import (
     ATTENTION,
     ELEMENTWISE,
@@ -34,6 +35,19 @@ LARGEST = 1 << 25  # values of the largest matrix that is measured: 128 MiB in f
 SMALLEST = 1 << 20  # operations below which nothing is cut: some 10 microseconds
 PROBE = Product(256, 256, 256)  # its speed says how much fits: a millisecond, and nearly full speed
 STREAM = 1 << 25  # float32 values copied to measure the memory: 128 MiB each way, beyond any cache
+
+
+class Arithmetic(NamedTuple):
+    """How products are computed: x·Wᵀ, and whether those of float32 factors are in the base's dtype too."""
+
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    narrow: bool
+
+
+ENGINE, MODEL = (
+    Arithmetic(weight_product, True),
+    Arithmetic(linear, False),
+)  # the engine's, a model's own layers'
 
 
 class Prediction(NamedTuple):
@@ -76,18 +90,19 @@ def bound_seconds(decoder: Decoder, load: Load, measured: Mapping[Product, float
 
 
 def measure_speeds(
-    decoder: Decoder, load: Load, dtype: torch.dtype, device: torch.device
+    decoder: Decoder, load: Load, dtype: torch.dtype, device: torch.device, how: Arithmetic = ENGINE
 ) -> dict[str, float]:
     """Operations (or bytes) a second of every part of a step with such batches, in about `SECONDS`.
 
     `dtype` is the base's; what is trained is float32 whatever that is.
     """
     parts = step_products(decoder, load)
-    dtypes = {part: torch.float32 if part in (FACTORS, FULL) else dtype for part in parts}
+    wide = (FULL,) if how.narrow else (FACTORS, FULL)
+    dtypes = {part: torch.float32 if part in wide else dtype for part in parts}
     count = sum(len(products) for products in parts.values())
     for_one = (SECONDS - ATTENTION_SECONDS - STREAM_SECONDS) / max(count, 1)
     speeds = {
-        part: part_speed(products, measure(products, dtypes[part], device, for_one * len(products)))
+        part: part_speed(products, measure(products, dtypes[part], device, for_one * len(products), how))
         for part, products in parts.items()
     }
     length = max(
@@ -106,6 +121,7 @@ def measure(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     seconds: float = SECONDS,
+    how: Arithmetic = ENGINE,
 ) -> dict[Product, float]:
     """Operations a second of x·Wᵀ, or y + x·Wᵀ, in each of these shapes, in about so many seconds for all together.
 
@@ -114,12 +130,12 @@ def measure(
     """
     device = torch.device(device)
     end = time.perf_counter() + seconds
-    rough = _product_speed(PROBE, dtype, device, 0.0)
+    rough = _product_speed(PROBE, dtype, device, 0.0, how)
     found: dict[Product, float] = {}
     wanted = sorted(set(products), key=lambda product: product.flop)  # small ones leave time for large ones
     for left, product in zip(range(len(wanted), 0, -1), wanted, strict=True):
         share = max(0.0, end - time.perf_counter()) / left
-        found[product] = _product_speed(cut(product, rough * share / RUNS), dtype, device, share / RUNS)
+        found[product] = _product_speed(cut(product, rough * share / RUNS), dtype, device, share / RUNS, how)
     return found
 
 
@@ -136,12 +152,14 @@ def cut(product: Product, flop: float) -> Product:
         sizes[widest] = -(-sizes[widest] // 2)
 
 
-def _product_speed(product: Product, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+def _product_speed(
+    product: Product, dtype: torch.dtype, device: torch.device, seconds: float, how: Arithmetic
+) -> float:
     rows, inner, columns, added = product
     x_mk = torch.ones(rows, inner, dtype=dtype, device=device)
-    weight_kn = torch.ones(columns, inner, dtype=dtype, device=device).T
+    weight_nk = torch.ones(columns, inner, dtype=dtype, device=device)
     y_mn = torch.zeros(rows, columns, dtype=dtype, device=device)
-    run = partial(y_mn.addmm_, x_mk, weight_kn) if added else partial(torch.mm, x_mk, weight_kn, out=y_mn)
+    run = partial(y_mn.addmm_, x_mk, weight_nk.T) if added else partial(how.multiply, x_mk, weight_nk)
     return product.flop / _best(run, device, seconds)
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from onebase.training import speed
 from onebase.training.speed import (
+    ENGINE,
     LARGEST,
+    MODEL,
     SMALLEST,
     Prediction,
     bound_seconds,
@@ -92,9 +94,8 @@ def test_a_slow_machine_measures_less(clock, monkeypatch):
     monkeypatch.setattr(speed, "SMALLEST", 1)
     shapes = [Product(512, 512, size) for size in (512, 513, 514)]
     ran = []
-    original = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: ran.append(a[0].shape) or original(*a, **k))
-    assert measure(shapes, torch.float32, seconds=0.5).keys() == set(shapes)
+    how = ENGINE._replace(multiply=lambda x, weight: ran.append(x.shape) or x @ weight.T)
+    assert measure(shapes, torch.float32, seconds=0.5, how=how).keys() == set(shapes)
     assert len(ran) < 32
     # The probe's 2^25 operations took 1/64 s, so a third of a sixth of a second holds less than these shapes' 2^28.
     assert all(shape[0] * shape[1] < 512 * 512 for shape in ran)
@@ -110,8 +111,9 @@ def test_memory_speed_counts_both_ways(clock, monkeypatch):
     assert measure_stream(seconds=0.1) == 2 * 4000 * 64
 
 
+@pytest.mark.parametrize("how", [ENGINE, MODEL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_part_of_a_step_is_measured(monkeypatch, dtype):
+def test_every_part_of_a_step_is_measured(monkeypatch, dtype, how):
     monkeypatch.setattr(speed, "STREAM", 1000)
     for name in ("SECONDS", "ATTENTION_SECONDS", "STREAM_SECONDS"):
         monkeypatch.setattr(speed, name, 0.0)
@@ -121,7 +123,7 @@ def test_every_part_of_a_step_is_measured(monkeypatch, dtype):
         speed, "_product_speed", lambda p, d, *rest: seen.setdefault(p, d) and original(p, d, *rest)
     )
     decoder = Decoder((Linear(8, 6, 2), Linear(6, 8, full=True)), Linear(8, 20), Attention(1, 1, 2, 4))
-    speeds = measure_speeds(decoder, Load(10, 4, 30), dtype, torch.device("cpu"))
+    speeds = measure_speeds(decoder, Load(10, 4, 30), dtype, torch.device("cpu"), how)
     assert speeds.keys() == {
         "frozen layers",
         "low-rank factors",
@@ -133,4 +135,5 @@ def test_every_part_of_a_step_is_measured(monkeypatch, dtype):
     }
     assert all(value > 0 for value in speeds.values())
     assert seen[Product(10, 8, 6)] == dtype
-    assert seen[Product(10, 8, 2)] == torch.float32
+    assert seen[Product(10, 8, 2)] == (dtype if how is ENGINE else torch.float32)
+    assert seen[Product(8, 10, 6)] == torch.float32  # a layer trained in full
