@@ -14,7 +14,7 @@ from onebase.models.base import Base
 from onebase.models.vocabulary import extended
 from onebase.serve.fallback import Fallback
 from onebase.serve.pool import AdapterPool, Pinned, Registered
-from onebase.serve.proof import runner_problem
+from onebase.serve.proof import AUTO, choose_product
 from onebase.serve.request import Event, Limits, NoRoom, PromptTooLong, Request, Result, Stats, TokenLogprob
 from onebase.serve.runner import Row, Runner
 from onebase.serve.sampler import Choice, Wish, sample, wish
@@ -43,17 +43,20 @@ class Engine:
     """Serves a causal base and the adapters of a pool. One thread alone calls it.
 
     What the runner proves to compute goes through it; the rest, adapters with more than updates of linear layers or
-    models that it does not know (`slow` says why), goes through the model's own forward. Raises BaseError for another
-    kind of base, ConfigError where the limits contradict each other.
+    models that it does not know (`slow` says why), goes through the model's own forward. `weights` is a row of
+    `weights.PRODUCTS` or "auto", the fastest that loses nothing; the one in use is `product` ("" where slow). Raises
+    BaseError for another kind of base, ConfigError where the limits contradict each other or the weights cannot be.
     """
 
-    def __init__(self, base: Base, pool: AdapterPool, limits: Limits | None = None) -> None:
+    def __init__(
+        self, base: Base, pool: AdapterPool, limits: Limits | None = None, weights: str = AUTO
+    ) -> None:
         if base.kind != "causal":
             raise BaseError(f"serve {base.ref}", f"it is a base of kind {base.kind}, which writes no text")
         self.base, self.pool, self.limits = base, pool, limits or Limits()
         self.context = min(self.limits.context or base.context, base.context)
-        self.slow = runner_problem(base.model)
-        self._runner = None if self.slow else Runner(base.model, self.limits.slots, self.context)
+        self.product, hold, self.slow = choose_product(base.model, weights)
+        self._runner = None if self.slow else Runner(base.model, self.limits.slots, self.context, hold)
         self._fallback = Fallback(base.model, pool.model_lock)
         self._scheduler = Scheduler(self.limits.slots, self.limits.queue, self.limits.prefill_chunk)
         self._all: dict[str, _Sequence] = {}
@@ -194,9 +197,9 @@ class Engine:
                 if self._scheduler.running:
                     self._scheduler.pass_over(job)
                 else:  # a mixture whose adapters never fit together
-                    events.append(self._failed(sequence, str(error)))
+                    events.append(self._failed(sequence, str(error), refused=True))
             except (OnebaseError, OSError) as error:
-                events.append(self._failed(sequence, str(error)))
+                events.append(self._failed(sequence, str(error), isinstance(error, OnebaseError)))
             else:
                 self._scheduler.start(job, slot, done)
                 self._counts["prompt"] += job.prompt
@@ -281,9 +284,9 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] = () if choice.logprob is None else (choice.logprob,)
         return Event(request.id, text, (choice.token,), logprobs, finish)
 
-    def _failed(self, sequence: _Sequence, error: str) -> Event:
+    def _failed(self, sequence: _Sequence, error: str, refused: bool = False) -> Event:
         self._end(sequence, "error")
-        return Event(sequence.request.id, finish="error", error=error)
+        return Event(sequence.request.id, finish="error", error=error, refused=refused)
 
     def _end(self, sequence: _Sequence, finish: str) -> None:
         """Take a sequence out: its slot and its adapters are free."""

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.adapters.adapter import Adapter, LowRank, Origin, TokenRows
+from onebase.adapters.adapter import Adapter, Origin
 from onebase.config import LoraConfig
-from onebase.errors import AdapterNameError, ConfigError, FormatError, MissingFile, OnebaseError, nearest
+from onebase.errors import (
+    AdapterNameError,
+    BaseError,
+    ConfigError,
+    FormatError,
+    MissingFile,
+    OnebaseError,
+    nearest,
+)
 from onebase.serve.request import NoRoom, UnknownAdapter
-from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel, load_adapter
+from onebase.storage.alike import AdapterReader
+from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, when it was changed, its size, its inode
 
@@ -65,7 +74,8 @@ class AdapterPool:
     """
 
     def __init__(self, base: HasModel, folder: str | Path | None = None, budget: int = 0) -> None:
-        self._base, self._folder, self.budget = base, None if folder is None else Path(folder), budget
+        self._folder, self.budget = None if folder is None else Path(folder).absolute(), budget
+        self._reader = AdapterReader(base)
         self._lock = threading.RLock()
         self.model_lock = (
             threading.Lock()
@@ -80,6 +90,11 @@ class AdapterPool:
             if not Path(folder).is_dir():
                 raise MissingFile(f"adapters folder {folder}", "no such folder")
             self.refresh()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where adapters are found."""
+        return self._folder
 
     def names(self) -> list[str]:
         """The adapters that can be asked for, sorted."""
@@ -113,8 +128,8 @@ class AdapterPool:
         with self._lock:
             return sum(pinned.bytes for pinned in self._memory.values())
 
-    def load(self, name: str, path: str | Path) -> Registered:
-        """Register the adapter in a folder under a name.
+    def load(self, name: str, path: str | Path, replace: bool = False) -> Registered:
+        """Register the adapter in a folder under a name; with `replace` in the place of one that has it.
 
         Raises AdapterNameError where the name is taken or unusable, ConfigError where the folder is outside of the
         pool's, and what `load_adapter` raises; nothing is registered then.
@@ -124,12 +139,12 @@ class AdapterPool:
                 f"adapter name {name!r}", "must be printable, without / and a dot at its start"
             )
         with self._lock:
-            if name in self._known:
+            if name in self._known and not replace:
                 raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
         folder = self._inside(Path(path))
         made = self._prove(name, folder, found=False)
         with self._lock:
-            if name in self._known:
+            if name in self._known and not replace:
                 raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
             self._register(made)
             return made
@@ -149,7 +164,7 @@ class AdapterPool:
         places = {name: one.path for name, one in known.items() if not one.found}
         if self._folder is not None:
             entries = (path for path in self._folder.iterdir() if not path.name.startswith("."))
-            places = {path.name: path for path in entries if (path / CONFIG).is_file()} | places
+            places = {path.name: path for path in entries if _holds_one(path)} | places
         for name, path in sorted(places.items()):
             stamp, one = _stamp(path), known.get(name)
             same = (
@@ -161,7 +176,7 @@ class AdapterPool:
                 continue
             try:
                 made = self._prove(name, self._inside(path), found=one.found if one else True)
-            except (OnebaseError, OSError) as error:
+            except (OnebaseError, OSError, ValueError, RuntimeError) as error:  # a loop of links, too
                 self._refuse(name, stamp, str(error))
             else:
                 with self._lock:
@@ -186,13 +201,26 @@ class AdapterPool:
             if pinned is None:
                 self._make_room(one)
         if pinned is None:
-            pinned = Pinned(one.name, one.version, _copied(self._read(one.path)), one.bytes)
+            one, adapter = self._opened(one)
+            pinned = Pinned(one.name, one.version, adapter, one.bytes)
         with self._lock:
             self.loads += (one.name, one.version) not in self._memory
             self._memory[one.name, one.version] = pinned
             self._clock += 1
             pinned.users, pinned.used = pinned.users + 1, self._clock
         return pinned
+
+    def _opened(self, one: Registered) -> tuple[Registered, Adapter]:
+        """The adapter as its files are. Where they changed it is another version: the old one's keys do not fit it."""
+        adapter = self._read(one.path)
+        while _stamp(one.path) != one.stamp:
+            new = self._prove(one.name, one.path, one.found)
+            with self._lock:
+                if self._known.get(one.name) is one:
+                    self._register(new)
+                self._make_room(new)
+            one, adapter = new, self._read(new.path)
+        return one, adapter
 
     def release(self, pinned: Pinned) -> None:
         """One user less."""
@@ -237,6 +265,9 @@ class AdapterPool:
     def _prove(self, name: str, folder: Path, found: bool) -> Registered:
         stamp = _stamp(folder)
         adapter = self._read(folder)
+        if adapter.origin.has_head:
+            said = "it gives labels to texts and writes none"
+            raise BaseError(f"serve adapter {folder}", said, hint="use onebase predict")
         if _stamp(folder) != stamp:
             raise FormatError(f"adapter {folder}", "its files changed while they were read", hint="try again")
         with self._lock:
@@ -248,7 +279,7 @@ class AdapterPool:
 
     def _read(self, folder: Path) -> Adapter:
         with self.model_lock:
-            return load_adapter(folder, self._base)
+            return self._reader.read(folder)
 
     def _inside(self, path: Path) -> Path:
         """The folder itself, every link followed. Raises ConfigError where it, or a file in it, is outside of ours."""
@@ -262,6 +293,14 @@ class AdapterPool:
         return folder
 
 
+def _holds_one(folder: Path) -> bool:
+    """Whether a folder is an adapter's; one that cannot be read is refused later, with the reason."""
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:
+        return True
+
+
 def _stamp(folder: Path) -> Stamp:
     found: list[tuple[str, int, int, int]] = []
     for name in (CONFIG, TENSORS, SIDECAR):
@@ -271,15 +310,3 @@ def _stamp(folder: Path) -> Stamp:
             continue
         found.append((name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
     return tuple(found)
-
-
-def _copied(adapter: Adapter) -> Adapter:
-    """The adapter with its tensors in memory: those that map a file would change with it, or be gone."""
-    low = {path: _copied_low(one) for path, one in adapter.lowrank.items()}
-    full = {path: {n: t.clone() for n, t in state.items()} for path, state in adapter.full.items()}
-    tokens = {path: TokenRows(one.ids, one.rows.clone()) for path, one in adapter.tokens.items()}
-    return replace(adapter, lowrank=low, full=full, tokens=tokens)
-
-
-def _copied_low(low: LowRank) -> LowRank:
-    return low._replace(**{name: tensor.clone() for name, tensor in low.tensors().items()})

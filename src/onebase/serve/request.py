@@ -88,6 +88,7 @@ class Event(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each token where they were asked for
     finish: str | None = None  # None, "stop", "length", "cancelled" or "error"
     error: str = ""
+    refused: bool = False  # the error is the request's own, such as adapters that do not go together
 
 
 @dataclass(frozen=True)

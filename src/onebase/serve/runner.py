@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from onebase.adapters.layers import base_modules
 from onebase.models.reading import ReadLayer, ReadModel, read_model
 from onebase.ops.adapted import Linear
 from onebase.ops.decoder import Attention, Groups
-from onebase.ops.gates import gated
+from onebase.ops.gates import Halves, gated
 from onebase.ops.grouped import Place, Segment, add_updates, fill, new_place, segments
 from onebase.ops.grouped import Row as AdapterRow
 from onebase.ops.norms import Norm, norm
 from onebase.ops.rotary import Rotation, rotate
 from onebase.serve.cache import Cache, Shape, Span, attend, span_mask
-from onebase.serve.weights import PRODUCTS, Product
+from onebase.serve.native import NativeStep, Token
+from onebase.serve.weights import Holder, Product, plain_product
 
 
 class Row(NamedTuple):
@@ -52,26 +54,31 @@ class _Layer(NamedTuple):
 class Runner:
     """A decoder that `models.reading` knows. Raises Unsupported with the reason where it does not.
 
+    With `hold` (a row of `weights.PRODUCTS`) the native step computes, on layers that are held so; else torch does.
     The base's tensors are read where they are, so a runner is made again after the model was moved or changed.
     """
 
-    def __init__(self, model: nn.Module, slots: int, context: int, product: str = "plain") -> None:
+    def __init__(self, model: nn.Module, slots: int, context: int, hold: Holder | None = None) -> None:
         self._read = read_model(model, ())
-        make = PRODUCTS[product]
         self._layers = [
             _Layer(
-                layer, Groups(*map(make, layer.frozen.linears)), Groups(*map(_sizes, layer.frozen.linears))
+                layer,
+                Groups(*map(plain_product, layer.frozen.linears)),
+                Groups(*map(_sizes, layer.frozen.linears)),
             )
             for layer in self._read.layers
         ]
         head = self._read.head
-        self._head = make([Linear(head.weight, head.bias)])
+        self._head = plain_product([Linear(head.weight, head.bias)])
         self._paths = _paths(model, self._read)
         spec = self._read.layers[0].frozen.attention
         shape = Shape(len(self._layers), slots, spec.kv_heads, context, spec.width)
-        self.cache = Cache(shape, head.weight.dtype, head.weight.device)
-        self._rotations = self._read.rotations(torch.arange(context), head.weight)
+        dtype = torch.float32 if hold else head.weight.dtype
+        self.cache = Cache(shape, dtype, head.weight.device)
+        self._rotations = self._read.rotations(torch.arange(context), self.cache.k.flatten()[:1])
+        self._native = NativeStep(self._read, self.cache, self._rotations, hold) if hold else None
         self._adapters: list[Adapter | None] = [None] * slots
+        self._filled: list[Callable[[], Adapter | None]] = [lambda: None] * slots
         self._factors: list[Groups[Place]] = []
 
     def problem(self, adapter: Adapter) -> str:
@@ -90,7 +97,7 @@ class Runner:
         return next((reason for reason, found in reasons.items() if found), "")
 
     def put(self, slot: int, adapter: Adapter | None) -> None:
-        """Let a slot's sequence run with this adapter, None for the plain base. Its factors are copied."""
+        """Let a slot's sequence run with this adapter, None for the plain base. Its factors are copied there."""
         self._adapters[slot] = None
         if adapter is None:
             return
@@ -100,6 +107,9 @@ class Runner:
         if rank != self._rank:
             self._factors = []  # freed before the new ones are made
             self._factors = [self._new_places(layer, rank) for layer in self._layers]
+            self._filled = [lambda: None] * len(self._adapters)
+            if self._native:
+                self._native.use(self._factors)
             refill = [number for number, one in enumerate(self._adapters) if one is not None]
         for number in refill:
             self._fill(number)
@@ -144,6 +154,9 @@ class Runner:
     def _fill(self, slot: int) -> None:
         adapter = self._adapters[slot]
         assert adapter is not None
+        if self._filled[slot]() is adapter:  # the slot's last request had the same
+            return
+        self._filled[slot] = weakref.ref(adapter)
         for places, paths in zip(self._factors, self._paths, strict=True):
             for place, group in zip(places, paths, strict=True):
                 lows = [adapter.lowrank.get(path) for path in group]
@@ -157,22 +170,40 @@ class Runner:
         """
         order = sorted(range(len(rows)), key=lambda n: (len(rows[n].tokens) > 1, rows[n].slot))
         ordered = [rows[n] for n in order]
-        batch = self._batch(ordered)
+        ends = dict(zip(order, accumulate(len(row.tokens) for row in ordered), strict=True))
+        wanted = [ends[n] - 1 for n in range(len(rows)) if rows[n].wants]
         ids = torch.tensor([token for row in ordered for token in row.tokens], device=self.cache.k.device)
         hidden = self._read.embed(ids)
         if self._read.embedding != 1.0:
             hidden = hidden * self._read.embedding
-        for number in range(len(self._layers)):
-            hidden = self._layer(number, hidden, batch)
+        if self._native:
+            logits = self._native.forward(hidden.float(), self._tokens(ordered), wanted)
+        else:
+            logits = self._by_torch(hidden, self._batch(ordered), wanted)
         for row in rows:
             self.cache.written(row.slot, row.start, row.tokens)
-        ends = dict(zip(order, accumulate(len(row.tokens) for row in ordered), strict=True))
-        wanted = [ends[n] - 1 for n in range(len(rows)) if rows[n].wants]
-        return self._logits(hidden[wanted])
+        return self._scaled(logits)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _by_torch(self, hidden: Tensor, batch: _Batch, wanted: Sequence[int]) -> Tensor:
+        for number in range(len(self._layers)):
+            hidden = self._layer(number, hidden, batch)
+        return self._head(_norm(hidden[wanted], self._read.norm))
+
+    def _tokens(self, rows: Sequence[Row]) -> list[Token]:
+        """Where the rows' tokens stand. An adapter that is in several slots is read from the first one."""
+        held: dict[int, int] = {}
+        for slot, adapter in enumerate(self._adapters):
+            if adapter is not None:
+                held.setdefault(id(adapter), slot)
+        factors = [held.get(id(self._adapters[row.slot]), -1) for row in rows]
+        return [
+            Token(row.slot, row.start + n, own)
+            for row, own in zip(rows, factors, strict=True)
+            for n in range(len(row.tokens))
+        ]
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         head = self._read.head
-        logits = self._head(_norm(hidden, self._read.norm))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if head.scale != 1.0:
             logits = logits * head.scale
@@ -217,7 +248,7 @@ class Runner:
         mid = torch.add(x, a, alpha=layer.residual)
         if not layer.parallel:
             n = _norm(mid, norms.before_mlp)
-        z = gated(self._project(number, 2, n, batch), layer.activation).z
+        z = gated(Halves(*self._project(number, 2, n, batch).chunk(2, dim=1)), layer.activation).z
         m = _norm(self._project(number, 3, z, batch), norms.after_mlp)
         return torch.add(mid, m, alpha=layer.residual)
 

@@ -38,6 +38,11 @@ class Worker:
         self._thread.start()
         return self
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread steps, or waits for something to do."""
+        return self._thread.is_alive()
+
     def submit(self, request: Request, listener: Listener) -> Future[None]:
         """Add a request; `listener` gets its events in the engine's thread, and must be quick.
 

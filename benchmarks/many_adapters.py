@@ -1,0 +1,127 @@
+"""1,000 registered adapters: requests spread over them all against requests over 5 of them, and the memory.
+
+Both are ours. The gate: a few of the answers are those of PEFT with that adapter alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import Gate, Result, alternate, checked, conclude, medians, parser, peak_resident
+from benchmarks.serving import (
+    SLOTS,
+    Sides,
+    keep_tokens,
+    of_generate,
+    options,
+    other_tokens,
+    prompts,
+    with_peft,
+)
+from onebase.models.base import load_base
+from onebase.serve.engine import Engine
+from onebase.serve.pool import AdapterPool
+from onebase.serve.request import Limits, Request
+
+FOLDERS, REGISTERED, FEW, REQUESTS = 32, 1000, 5, 200
+IN_MEMORY = 48  # adapters for which the budget has room
+CHECKED = 4
+SPREAD, NARROW = "all", "few"
+TARGETS = {"throughput: over 5": 0.85}
+
+
+def one_side(given: argparse.Namespace, over: int) -> dict[str, float]:
+    base = load_base(given.base, "float32")
+    asked = prompts(base, given.data, SLOTS)
+    longest, folder = max(map(len, asked)) + given.tokens + 1, Path(given.folder) / "adapters"
+    pool = AdapterPool(base)
+    start = time.perf_counter()
+    pool.load("n0", folder / "a0")
+    before = peak_resident()
+    for number in range(1, REGISTERED):
+        pool.load(f"n{number}", folder / f"a{number % FOLDERS}")
+    registered, seconds = peak_resident() - before, time.perf_counter() - start
+    engine = Engine(base, pool, Limits(slots=SLOTS, context=longest, queue=REQUESTS))
+    pool.budget = IN_MEMORY * pool.find("n0").bytes
+    step = REGISTERED // REQUESTS if over == REGISTERED else 1
+    names = [f"n{number * step % over}" for number in range(REQUESTS)]
+    requests = [
+        Request(str(number), asked[number % SLOTS], name, max_tokens=given.tokens)
+        for number, name in enumerate(names)
+    ]
+    engine.generate(requests[:SLOTS])  # warm
+    start = time.perf_counter()
+    answers = engine.generate(requests)
+    per_second = REQUESTS * given.tokens / (time.perf_counter() - start)
+    side = "ours" if over == REGISTERED else "narrow"
+    keep_tokens(given.folder, side, {str(n): [list(answers[n].tokens)] for n in range(CHECKED)})
+    return {
+        "throughput": per_second,
+        "registering, MB": registered,
+        "registering, s": seconds,
+        "adapters in memory": pool.bytes / pool.find("n0").bytes,
+        "loads": float(pool.loads),
+    }
+
+
+def peft(given: argparse.Namespace) -> dict[str, float]:
+    """The first answers over all adapters by PEFT, which the gate compares."""
+    base = load_base(given.base, "float32")
+    asked, step = prompts(base, given.data, SLOTS), REGISTERED // REQUESTS
+    names = [f"a{number * step % FOLDERS}" for number in range(CHECKED)]
+    model, found = with_peft(base, Path(given.folder) / "adapters", names), {}
+    with torch.inference_mode():
+        for number, name in enumerate(names):
+            model.set_adapter(name)
+            found[str(number)] = of_generate(model, asked[number : number + 1], given.tokens).tokens
+    keep_tokens(given.folder, "peer", found)
+    return {}
+
+
+def main(given: argparse.Namespace) -> None:
+    sides = Sides(__file__, given, FOLDERS)
+    try:
+        sides.run("peft")
+        runs = alternate(given.runs, sides.run, (NARROW, SPREAD))
+        wrong, count = other_tokens(sides.folder)
+    finally:
+        sides.close()
+    gate = checked("many_adapters", Gate(f"greedy tokens of {count:.0f} that are not PEFT's", wrong, 0))
+    mine, narrow = medians(runs[SPREAD]), medians(runs[NARROW])
+    name = "throughput: over 5"
+    units = {
+        name: "tokens/s",
+        "registering, MB": "MB",
+        "registering, s": "s",
+        "adapters in memory": "adapters",
+        "loads": "loads",
+    }
+    result = Result(
+        "many_adapters",
+        {name: mine["throughput"]} | {key: value for key, value in mine.items() if key != "throughput"},
+        {name: narrow["throughput"]} | {key: value for key, value in narrow.items() if key != "throughput"},
+        units,
+        TARGETS,
+        gate,
+        given.runs,
+        more=True,
+    )
+    conclude(f"{REGISTERED} registered adapters, {REQUESTS} requests over all against over {FEW}", result)
+
+
+if __name__ == "__main__":
+    ALL = {
+        SPREAD: lambda given: one_side(given, REGISTERED),
+        NARROW: lambda given: one_side(given, FEW),
+        "peft": peft,
+    }
+    arguments = options(parser(__doc__, 2, tuple(ALL)), 32).parse_args()
+    if arguments.side:
+        print(json.dumps(ALL[arguments.side](arguments)))
+    else:
+        main(arguments)
