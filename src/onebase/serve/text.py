@@ -19,27 +19,30 @@ class TextStream:
         self._decode, self._stops = decode, stops
         self._window: list[int] = []  # tokens whose text the next one may still change, and some before them
         self._known = 0  # of the window, tokens whose text was given out
+        self._given = 0  # of the window's text, characters that were given out
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """One more token; the text that is safe now."""
         self._window.append(token)
-        before, now = self._decode(self._window[: self._known]), self._decode(self._window)
+        now = self._decode(self._window)
         lacking = len(now) - len(now.rstrip(UNFINISHED))
-        if now == before or 0 < lacking <= MOST_UNFINISHED:
+        end = len(now) - min(lacking, MOST_UNFINISHED)  # the last of them may yet become a character
+        if end <= self._given:
             return ""
-        # The window starts at tokens whose text is out: tokenizers treat a text's first token in a way of its own.
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        return self._safe(now[len(before) :])
+        new, self._given = now[self._given : end], end
+        if end == len(now):
+            # The window starts at tokens whose text is out: tokenizers treat a text's first token in a way of its own.
+            self._window = self._window[self._known :]
+            self._known, self._given = len(self._window), len(self._decode(self._window))
+        return self._safe(new)
 
     def finish(self) -> str:
         """The answer is over: the text that was held back."""
         if self.stopped:
             return ""
-        before, now = self._decode(self._window[: self._known]), self._decode(self._window)
-        text = self._safe(now.rstrip(UNFINISHED)[len(before) :])
+        text = self._safe(self._decode(self._window).rstrip(UNFINISHED)[self._given :])
         held, self._held = self._held, ""
         return text + ("" if self.stopped else held)
 

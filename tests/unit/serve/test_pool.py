@@ -52,6 +52,17 @@ def test_a_folder_is_searched_and_the_broken_are_refused_with_the_reason(base, t
         AdapterPool(base, tmp_path / "nowhere")
 
 
+def test_a_relative_folder_is_the_one_of_the_start(base, tmp_path, monkeypatch):
+    made = adapter_folder(tmp_path / "adapters", base)
+    monkeypatch.chdir(tmp_path)
+    pool = AdapterPool(base, "adapters")
+    monkeypatch.chdir("/")
+    pool.refresh()
+    assert pool.names() == [name for name in made if name]
+    assert pool.refused() == {}
+    pool.load("again", "a0")
+
+
 def test_another_bases_adapter_is_refused(base, tmp_path):
     other = wrap_base(decoder("qwen3"))
     adapter_folder(tmp_path, other, 1)

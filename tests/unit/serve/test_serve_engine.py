@@ -11,7 +11,7 @@ from onebase.errors import AdapterNameError, BaseError, ConfigError, DataError
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, PromptTooLong, QueueFull, Request, UnknownAdapter
-from onebase.storage.format import load_adapter
+from onebase.storage.format import load_adapter, save_adapter
 from onebase.transforms.arithmetic import combine
 from onebase.transforms.combining import Recipe
 from serving import adapter_folder, alone, drained, make_engine, prompts, tokens_of, wrap_base
@@ -128,6 +128,21 @@ def test_a_known_prefix_is_not_computed_again(place, same):
         assert engine.stats().reused_tokens == shared
     else:
         assert engine.stats().reused_tokens < shared  # of the first of these three alone
+
+
+def test_files_that_changed_unseen_answer_with_keys_of_their_own(place, tmp_path):
+    base, folder, asked, _ = place
+    adapters = [load_adapter(folder / name, base) for name in ("a0", "a1")]
+    wanted = [alone(base, one, asked[0], LONGEST)[0] for one in adapters]
+    assert wanted[0] != wanted[1]
+    save_adapter(adapters[0], tmp_path / "one")
+    engine = make_engine(base, tmp_path, slots=1)
+    requests = [Request(str(n), asked[0], "one", max_tokens=LONGEST) for n in range(2)]
+    assert engine.generate(requests[:1])[0].tokens == wanted[0]
+    assert engine.pool.shrink(0)  # another adapter needed the room
+    save_adapter(adapters[1], tmp_path / "one", overwrite=True)
+    assert engine.generate(requests[1:])[0].tokens == wanted[1]
+    assert engine.stats().reused_tokens == 0
 
 
 def test_a_mixture_is_the_weighted_sum(place):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.serve.text import TextStream
+from onebase.serve.text import UNFINISHED, TextStream
 from texts import tokenizer
 
 
@@ -62,3 +62,8 @@ def test_a_real_tokenizers_pieces_are_its_whole_text(text):
 
 def test_bytes_that_are_no_character_do_not_hold_back_what_follows():
     assert "".join(pieces(b"\xff\xff\xff\xff\xff\xffabc")).endswith("abc")
+
+
+@given(st.lists(st.sampled_from([*b"a", *"é€😀".encode(), 0xFF, 0x80, 0xE2]), max_size=30))
+def test_bytes_that_are_no_character_change_nothing_of_those_that_are(ids):
+    assert "".join(pieces(ids)).rstrip(UNFINISHED) == decode_bytes(ids).rstrip(UNFINISHED)
