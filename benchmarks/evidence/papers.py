@@ -1,0 +1,158 @@
+"""What papers report, and what the rows say to the same question. The papers' numbers are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from benchmarks.evidence.lookup import final_rows, other_loss, pair, step_runs
+from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, best_rate, tried
+from benchmarks.evidence.rows import Rows
+from benchmarks.evidence.settings import TUNING_SEED
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.text import MISSING, markdown, rate_text, verdict
+
+
+class Statement(NamedTuple):
+    """A paper's finding, and the function that gives ours; it gives "" where rows are missing."""
+
+    paper: str
+    reports: str
+    here: Callable[[Rows], str]
+
+
+def by_task(rows: Rows, told: Callable[[str], str]) -> str:
+    """One answer for each task that has one."""
+    found = [(TASKS[task].title, told(task)) for task in rows.setting.tasks]
+    return "; ".join(f"{title}: {text}" for title, text in found if text)
+
+
+def as_good(rows: Rows) -> str:
+    def told(task: str) -> str:
+        found = pair(rows, task, lambda f: f["test"][task])
+        return f"{verdict(found)}, {mean(found.differences):+.3f} nats" if found.lora else ""
+
+    return by_task(rows, told)
+
+
+def bleu(rows: Rows) -> str:
+    def told(task: str) -> str:
+        found = pair(rows, task, lambda f: f["metric"])
+        means = f"LoRA {mean(found.lora):.1f}, full {mean(found.full):.1f}" if found.lora else ""
+        return means if TASKS[task].metric == "bleu" else ""
+
+    return by_task(rows, told)
+
+
+def ten_times(rows: Rows) -> str:
+    def told(task: str) -> str:
+        lora, full = (best_rate(rows, task, method) for method in BOTH)
+        return (
+            f"{rate_text(lora)} against {rate_text(full)}: {lora / full:.2g} times" if lora and full else ""
+        )
+
+    return by_task(rows, told)
+
+
+def kept_more(rows: Rows) -> str:
+    base = rows.get(Job("base"))
+
+    def told(task: str) -> str:
+        if base is None:
+            return ""
+        found = pair(rows, task, lambda f: other_loss(f, base, task, rows.setting.tasks))
+        return verdict(found).replace("better", "kept more") if found.lora else ""
+
+    return by_task(rows, told)
+
+
+def on_test(rows: Rows, method: str) -> tuple[list[float], str]:
+    """A method's losses on the main task's test rows: of the reported seeds, or else of the tuning seed's best rate."""
+    task = rows.setting.main_task
+    found = [f["test"][task] for f in final_rows(rows, task, method, best_rate(rows, task, method))]
+    if len(found) == len(rows.setting.seeds):
+        return found, f"{len(found)} seeds"
+    losses = tried(rows, task, method)
+    rate = min(losses, key=losses.__getitem__, default=0.0)
+    one = rows.get(Job("tune", task, method, rate, TUNING_SEED))
+    return ([one["test"]], "the tuning seed alone") if one and one["test"] is not None else ([], "")
+
+
+def compared(rows: Rows, *methods: str) -> str:
+    """The methods from the least loss to the most, on what all of them have."""
+    found = {method: on_test(rows, method) for method in methods}
+    if not all(losses for losses, _ in found.values()):
+        return ""
+    sources = {source for _, source in found.values()}
+    if len(sources) > 1:  # some have more seeds than others: then none but the tuning seed is fair
+        alone = {method: _tuning_loss(rows, method) for method in methods}
+        found = {method: ([loss], "the tuning seed alone") for method, loss in alone.items()}
+    order = sorted(found, key=lambda method: mean(found[method][0]))
+    told = ", ".join(f"{METHODS[method].title} {mean(found[method][0]):.3f}" for method in order)
+    return f"{told} ({next(iter(found.values()))[1]}{_noise(rows)})"
+
+
+def _tuning_loss(rows: Rows, method: str) -> float:
+    task, losses = rows.setting.main_task, tried(rows, rows.setting.main_task, method)
+    row = rows.get(Job("tune", task, method, min(losses, key=losses.__getitem__), TUNING_SEED))
+    return row["test"] if row else float("nan")
+
+
+def _noise(rows: Rows) -> str:
+    losses, _ = on_test(rows, LORA)
+    return f"; LoRA's own deviation between seeds is {stdev(losses):.3f}" if len(losses) > 1 else ""
+
+
+def places(rows: Rows) -> str:
+    return compared(rows, LORA, "mlp-even", "attention-even")
+
+
+def ranks(rows: Rows) -> str:
+    return compared(rows, LORA, *(f"rank-{rank}" for rank in rows.setting.learned_ranks))
+
+
+def high_rank(rows: Rows) -> str:
+    return compared(rows, "rank-64", "rslora-64", "plus-64") if 64 in rows.setting.learned_ranks else ""
+
+
+def two_thirds(rows: Rows) -> str:
+    told = []
+    for dtype in ("bfloat16", "float32"):
+        full, lora = (step_runs(rows, side, dtype) for side in ("full", "packed"))
+        if full and lora:
+            flop = lora[0]["flop"] / full[0]["flop"]
+            time = mean(r["seconds"] for r in lora) / mean(r["seconds"] for r in full)
+            told.append(f"{dtype}: {flop:.2f} of the operations, {time:.2f} of the time by the same layers")
+    return "; ".join(told)
+
+
+def small_share(rows: Rows) -> str:
+    lora, full = (rows.get(Job("sizes", method=method)) for method in (LORA, FULL))
+    return f"1/{full['trained'] / lora['trained']:.0f} of the values at rank 16" if lora and full else ""
+
+
+STATEMENTS = (
+    Statement("Hu et al. 2021", "on par with or better than full fine-tuning", as_good),
+    Statement("Hu et al. 2021, GPT-2 M on E2E", "BLEU 70.4 with LoRA, 68.2 with full fine-tuning", bleu),
+    Statement("Hu et al. 2021, GPT-3", "1/10,000 of the trained values", small_share),
+    Statement("Biderman et al. 2024", "LoRA learns less on much data (code, mathematics)", as_good),
+    Statement("Biderman et al. 2024", "LoRA forgets less", kept_more),
+    Statement("Biderman et al. 2024", "all linear layers, then MLP, then attention", places),
+    Statement("Schulman et al. 2025", "LoRA equals full fine-tuning on small and medium data", as_good),
+    Statement(
+        "Schulman et al. 2025", "LoRA's best rate is 10 times full's, 15 times in short runs", ten_times
+    ),
+    Statement("Schulman et al. 2025", "attention alone is worse, with as many values too", places),
+    Statement("Schulman et al. 2025", "small data: rank hardly matters", ranks),
+    Statement("Schulman et al. 2025", "two thirds of the operations of full fine-tuning", two_thirds),
+    Statement(
+        "Kalajdzievski 2023; Hayou et al. 2024", "rsLoRA, LoRA+ better at high rank, wide models", high_rank
+    ),
+)
+
+
+def papers(rows: Rows) -> str:
+    """The table."""
+    lines = [(one.paper, one.reports, one.here(rows) or MISSING) for one in STATEMENTS]
+    return markdown(("paper", "reports", "here"), lines).replace("---:", "---")

@@ -1,0 +1,264 @@
+"""The page's tables, each a function of the rows alone. What was not run is said to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from benchmarks.evidence.lookup import (
+    final_rows,
+    finals_of,
+    matrix_losses,
+    other_loss,
+    pair,
+    scarce_curve,
+    step_runs,
+)
+from benchmarks.evidence.plan import (
+    FULL,
+    LORA,
+    METHODS,
+    QUANTISED,
+    STEP_SIDES,
+    Job,
+    best_rate,
+    tried,
+    variants,
+)
+from benchmarks.evidence.rows import Rows
+from benchmarks.evidence.settings import TUNING_SEED
+from benchmarks.evidence.tasks import METRICS, TASKS
+from benchmarks.evidence.text import MISSING, markdown, megabytes, rate_text, spread, verdict
+
+SIDES = {
+    "engine": "LoRA, onebase's engine",
+    "packed": "LoRA, the model's own layers",
+    "full": "full fine-tuning, the model's own layers",
+}
+
+
+# -- 1
+
+
+def fixed(rows: Rows) -> str:
+    """What became of the base in every training run that stands in the rows."""
+    made = [row for row in rows.valid() if "changed" in row["found"]]
+    lines = []
+    for name, full in (("LoRA", False), ("full fine-tuning", True)):
+        found = [row["found"] for row in made if (METHODS[row["method"]].lora is None) == full]
+        if found:
+            tensors, changed = sorted({f["tensors"] for f in found}), [f["changed"] for f in found]
+            same = "-" if full else f"{sum(f['off_equal'] for f in found)} of {len(found)}"
+            gone = "-" if full else f"{sum(f['ejected_equal'] for f in found)} of {len(found)}"
+            told = f"{min(changed)}" if min(changed) == max(changed) else f"{min(changed)} to {max(changed)}"
+            lines.append((name, str(len(found)), ", ".join(map(str, tensors)), told, same, gone))
+    head = (
+        "runs of",
+        "runs",
+        "tensors of the base",
+        "changed by training",
+        "off: the base's logits, to the bit",
+        "taken off: the same",
+    )
+    return markdown(head, lines)
+
+
+# -- 2
+
+
+def sizes(rows: Rows) -> str:
+    names = {f"rank {r}": f"rank-{r}" if r != 16 else LORA for r in rows.setting.ranks} | {
+        "all weights": FULL
+    }
+    lines = []
+    for name, method in names.items():
+        if found := rows.get(Job("sizes", method=method)):
+            share = 100 * found["trained"] / found["total"]
+            counts = (f"{found['trained']:,}", f"{share:.2f} %")
+            lines.append(
+                (name, *counts, *(megabytes(found[part]) for part in ("gradients", "optimizer", "file")))
+            )
+    return markdown(
+        ("trained", "values", "of the base's", "gradients, MB", "optimiser state, MB", "file, MB"), lines
+    )
+
+
+# -- 3
+
+
+def costs(rows: Rows) -> str:
+    lines = []
+    for dtype in ("bfloat16", "float32"):
+        found = {side: step_runs(rows, side, dtype) for side in STEP_SIDES}
+        full = found["full"]
+        for side, runs in found.items():
+            if not runs:
+                continue
+            second, memory = (median(run[name] for run in runs) for name in ("seconds", "memory"))
+            ratio = f"{second / median(r['seconds'] for r in full):.2f}" if full else MISSING
+            by_flop = f"{runs[0]['flop'] / full[0]['flop']:.2f}" if full else MISSING
+            lines.append(
+                (
+                    f"{SIDES[side]}, {dtype}",
+                    f"{second:.2f}",
+                    f"{min(r['seconds'] for r in runs):.2f} to {max(r['seconds'] for r in runs):.2f}",
+                    ratio,
+                    by_flop,
+                    megabytes(runs[0]["weights"]),
+                    f"{memory:,.0f}",
+                    megabytes(runs[0]["state_bytes"]),
+                )
+            )
+    head = (
+        "",
+        "s a step, median",
+        "of runs",
+        "time / full's",
+        "FLOP / full's",
+        "weights, MB",
+        "peak above them, MB",
+        "of it 12 bytes a trained value, MB",
+    )
+    return markdown(head, lines)
+
+
+# -- 5
+
+
+def forgetting(rows: Rows) -> str:
+    """How the loss on each task's test rows moved, by what was trained."""
+    base, lines = rows.get(Job("base")), []
+    for task in rows.setting.tasks:
+        for method in (FULL, LORA):
+            found = finals_of(rows, task, method)
+            if base and found:
+                cells = [
+                    spread([f["test"][other] - base["test"][other] for f in found])
+                    for other in rows.setting.tasks
+                ]
+                name = "LoRA" if method == LORA else "full fine-tuning"
+                lines.append((f"{TASKS[task].title}, {name}", *cells))
+    return markdown(("trained on", *(f"{TASKS[task].title}" for task in rows.setting.tasks)), lines)
+
+
+def forgetting_verdicts(rows: Rows) -> str:
+    base = rows.get(Job("base"))
+    lines = []
+    for task in rows.setting.tasks if base else ():
+        found = pair(rows, task, lambda f, t=task: other_loss(f, base, t, rows.setting.tasks))  # pyright: ignore[reportArgumentType]
+        seeds = ", ".join(f"{d:+.3f}" for d in found.differences) or MISSING
+        told = verdict(found).replace("better", "kept more").replace("LoRA kept", "LoRA kept")
+        lines.append((TASKS[task].title, spread(found.lora), spread(found.full), seeds, told))
+    head = ("trained on", "others' loss, LoRA", "others' loss, full", "LoRA minus full, each seed", "")
+    return markdown(head, lines)
+
+
+# -- 6
+
+
+def scarce(rows: Rows) -> str:
+    lines = []
+    for count in rows.setting.scarce:
+        for method in (FULL, LORA):
+            if curve := scarce_curve(rows, method, count):
+                best = min(curve, key=lambda point: point["test"])
+                last, name = curve[-1], "LoRA" if method == LORA else "full fine-tuning"
+                passes = rows.setting.scarce_steps * rows.setting.batch_size / count
+                lines.append(
+                    (
+                        f"{count:,} rows, {name}",
+                        f"{passes:g}",
+                        f"{last['train']:.3f}",
+                        f"{last['test']:.3f}",
+                        f"{last['test'] - last['train']:.3f}",
+                        f"{best['test']:.3f} (step {best['step']:g})",
+                    )
+                )
+    return markdown(
+        ("", "passes", "loss on learnt rows, end", "held out, end", "gap", "held out, best"), lines
+    )
+
+
+# -- 7
+
+
+def matrix(rows: Rows) -> str:
+    """Each task's own measure by each adapter on the one base."""
+    swap, losses = rows.get(Job("swap")), matrix_losses(rows)
+    tasks, lines = rows.setting.tasks, []
+    for name, told in [
+        *((task, f"adapter of {TASKS[task].title}") for task in tasks),
+        ("none", "no adapter"),
+    ]:
+        cells = [f"{losses[name][task]:.3f}" if name in losses else MISSING for task in tasks]
+        cells += [f"{swap['metric'][task][name]:.1f}" if swap else MISSING for task in tasks]
+        lines.append((told, *cells))
+    titles = [TASKS[task].title for task in tasks]
+    measures = [f"{TASKS[task].title}: {METRICS[TASKS[task].metric][0]}" for task in tasks]
+    return markdown(("", *(f"{title}: loss" for title in titles), *measures), lines)
+
+
+# -- 8
+
+
+def where(rows: Rows) -> str:
+    """Place and size of the adapter against the loss, one seed to tune by and the others to report."""
+    task, lines = rows.setting.main_task, []
+    for method in (FULL, LORA, *sorted(variants(rows.setting), key=_order)):
+        found = tried(rows, task, method)
+        if not found:
+            continue
+        settled = best_rate(rows, task, method)
+        rate = settled or min(found, key=found.__getitem__)
+        one = rows.get(Job("tune", task, method, rate, TUNING_SEED)) or {}
+        told = rate_text(rate) + ("" if settled else f" ({len(found)} tried)")
+        trained = f"{one['trained']:,}" if one.get("trained") else MISSING
+        test = f"{one['test']:.3f}" if one.get("test") is not None else MISSING
+        losses = [f["test"][task] for f in final_rows(rows, task, method, settled)]
+        lines.append((METHODS[method].title, trained, told, test, spread(losses)))
+    return markdown(("", "trained", "learning rate", "held out, tuning seed", "held out, other seeds"), lines)
+
+
+def _order(method: str) -> tuple[int, int]:
+    """Places first, then ranks in order, then the rest."""
+    head, _, tail = method.rpartition("-")
+    return (1, int(tail)) if head == "rank" else (0 if method.startswith(("attention", "mlp")) else 2, 0)
+
+
+# -- 9
+
+
+def quantised(rows: Rows) -> str:
+    task, base = rows.setting.main_task, rows.get(Job("base"))
+    rate = best_rate(rows, task, LORA)
+    plain = [f["test"][task] for f in final_rows(rows, task, LORA, rate)]
+    lines = []
+    if base:
+        weights = 2 * base["parameters"]
+        lines.append(("as given, 16 bits", megabytes(weights), f"{base['test'][task]:.3f}", spread(plain)))
+    for method in QUANTISED:
+        if found := final_rows(rows, task, method, rate):
+            first = found[0]
+            own = [f["test"][task] for f in found]
+            lines.append(
+                (
+                    METHODS[method].title,
+                    megabytes(first["stored_bytes"]),
+                    f"{first['base_test'][task]:.3f}",
+                    spread(own),
+                )
+            )
+    return markdown(("the base's linear weights", "base as stored, MB", "base's loss", "with LoRA"), lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "fixed": fixed,
+    "sizes": sizes,
+    "costs": costs,
+    "forgetting": forgetting,
+    "forgetting_verdicts": forgetting_verdicts,
+    "scarce": scarce,
+    "matrix": matrix,
+    "where": where,
+    "quantised": quantised,
+}
