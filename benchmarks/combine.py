@@ -114,9 +114,10 @@ def main(options: argparse.Namespace) -> None:
             ]
             return largest_difference(*read)
 
-        differences = {method: difference(method) for method in METHODS}
+        methods = options.methods.split(",") if options.methods else list(METHODS)
+        differences = {method: difference(method) for method in methods}
         found = {}
-        for method in METHODS:
+        for method in methods:
             counter = iter(range(2 * options.runs))
             runs = alternate(
                 options.runs,
@@ -149,6 +150,9 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__, runs=3)
     arguments.add_argument("--layers", type=int, default=2, help="layers of the model (default: 2)")
+    arguments.add_argument(
+        "--methods", default="", help="some methods, with commas between them (default: all)"
+    )
     arguments.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.side:

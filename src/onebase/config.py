@@ -22,6 +22,7 @@ MAX_RANK = 1 << 20  # more rows than any weight has
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
+TaskName = Literal["causal", "classify", "regress"]
 CombineMethod = Literal[
     "cat",
     "svd",
@@ -42,8 +43,10 @@ GATES: dict[str, str] = {
     "no-eos": "an end-of-text token never carries loss, so the model would not learn to stop",
     "double-bos": "a row starts with two beginning-of-text tokens",
     "unmarked-turns": "the chat template does not let assistant turns be told from the rest",
+    "rare-class": "a class that has fewer than two training rows",
     "untrained-special": "the loss covers added special tokens whose embedding is frozen and untrained",
     "uneven-targets": "a target matches in some layers and not in others",
+    "base-mismatch": "the adapter to start from was made for a base with another fingerprint",
     "unused-adapter": "an adapted module took no part in the first step",
 }
 
@@ -163,6 +166,10 @@ def parse_layers(text: str) -> frozenset[int]:
 class DataConfig:
     """Which rows to learn from and how a row becomes tokens."""
 
+    task: TaskName = opt(
+        "causal",
+        "what rows teach: causal (their text, token by token), classify (a label for a text), regress (a number)",
+    )
     data: str = opt("", "file (.jsonl .json .csv .parquet) or hub dataset name to train on")
     split: str = opt("train", "split of a hub dataset")
     validation: str = opt("", "file or hub dataset with validation rows (instead of --holdout)")
@@ -190,6 +197,10 @@ class DataConfig:
     allow: str | list[str] = opt(list, "gates to override by name: " + ", ".join(GATES))
 
     def __post_init__(self) -> None:
+        require("task", self.task, self.task in get_args(TaskName), "one of " + ", ".join(get_args(TaskName)))
+        if self.task != "causal" and (self.chat or self.system):
+            found = "a labelled text is not rendered as a chat"
+            raise ConfigError(f"options task={self.task} and {'chat' if self.chat else 'system'}", found)
         require("holdout", self.holdout, self.holdout >= 0, "0 or more")
         require("limit", self.limit, self.limit >= 0, "0 or more")
         require(
@@ -293,6 +304,9 @@ class TrainConfig:
 
     base: str = opt("smollm2-135m", "base model: hub name, folder, .gguf file, or the built-in smollm2-135m")
     output: str = opt("", "folder for the adapter, checkpoints, metrics and report")
+    start: str = opt(
+        "", "adapter folder to go on from: its values, rank, targets and variant instead of a fresh adapter's"
+    )
     resume: bool = opt(False, "go on from the output folder's last checkpoint")
     overwrite: bool = opt(False, "delete the run that the output folder holds and start anew")
     seed: int = opt(0, "seed of the adapter's start, the order of rows, dropout and the split")

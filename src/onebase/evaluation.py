@@ -1,4 +1,7 @@
-"""How good answers are: loss and perplexity on the answer's tokens, exact match, BLEU and chrF of what is generated."""
+"""How good answers are: loss and perplexity on the answer's tokens, exact match, BLEU and chrF of what is generated.
+
+An adapter with a head gives labels instead: accuracy and macro F1, or correlation and R².
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,17 @@ from onebase.models.base import Base
 from onebase.models.generation import answers, format_of
 from onebase.models.scoring import Scorer, choose, loss_tokens, scorer
 from onebase.models.vocabulary import for_adapter
+from onebase.prediction import baseline, encode_rows, marks, outputs_of, read_as_trained, with_its_head
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one set of rows. `loss` is the mean over the loss tokens, in nats.
+    """One model on one set of rows. `loss` is the mean over the targets: nats a loss token, or a row that has a class;
+    the squared error of a row that has a number. `tokens` counts the targets.
 
     `exact_match` is a fraction; BLEU and chrF are sacrebleu's, from 0 to 100, with every reference that the
-    data has for a prompt. The three are None where nothing was generated.
+    data has for a prompt. The three are None where nothing was generated. The others are those of
+    `prediction.Marks`, None without a head.
     """
 
     loss: float
@@ -36,6 +42,10 @@ class Scores:
     bleu: float | None = None
     chrf: float | None = None
     answers: tuple[str, ...] = ()
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    pearson: float | None = None
+    r2: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -63,8 +73,10 @@ def evaluate(
     """Score the base with this adapter (None: the plain base) on a file's rows; `options` as in DataConfig.
 
     Without `sampling` nothing is generated: loss and perplexity only. Tokens that the adapter added are its own:
-    the plain base reads their texts as it always did.
+    the plain base reads their texts as it always did. An adapter with a head is scored on rows with labels.
     """
+    if adapter is not None and adapter.origin.has_head:
+        return evaluate_labels(base, data, adapter, **options)[0]
     base = for_adapter(base, adapter)
     config = build(DataConfig, {"holdout": 0, **options})
     examples = read_examples(data, config) if isinstance(data, str) else list(data)
@@ -77,6 +89,20 @@ def evaluate(
         known = adapter is not None and adapter.origin.prompt
         form = format_of(base, adapter) if known else PromptFormat.of(config, examples)
         return score_answers(base, examples, form, sampling, Scores(loss, tokens))
+
+
+def evaluate_labels(
+    base: Base, data: str | Sequence[Example], adapter: Adapter, **options: Any
+) -> tuple[Scores, Scores]:
+    """An adapter with a head on rows with labels; and what a constant answer scores there (`prediction.baseline`)."""
+    base, head = with_its_head(base, adapter)
+    config = read_as_trained(adapter, {**options, "task": head.task})
+    examples = read_examples(data, config) if isinstance(data, str) else list(data)
+    rows = encode_rows(base, examples, head, config).rows
+    with injected(base.model, adapter, "evaluate"):
+        found = marks(head, outputs_of(base, rows, 16), rows)
+    scored = [Scores(tokens=len(rows), **one._asdict()) for one in (found, baseline(head, rows))]
+    return scored[0], scored[1]
 
 
 def score_answers(

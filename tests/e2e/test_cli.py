@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -183,50 +182,6 @@ def test_sampling_depends_on_the_seed_alone(place: Place, capsys):
 def test_answers_are_printed_as_they_are(place: Place, monkeypatch, capsys):
     monkeypatch.setattr("onebase.cli.generate.answers", lambda *_: ["[bold]:smile:\tx[/]"])
     assert out(capsys, "generate", "--base", place.base, "--prompt", "x") == "[bold]:smile:\tx[/]\n"
-
-
-# -- chat
-
-
-def chat(monkeypatch, capsys, lines: str, *flags: str) -> tuple[list[str], str]:
-    """(answers, notes) of a conversation typed in."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    capsys.readouterr()
-    assert main(["chat", *flags, *SHORT]) == 0
-    captured = capsys.readouterr()
-    return captured.out.split("\n")[:-1], captured.err
-
-
-def test_chat_switches_adapters_and_forgets(place: Place, monkeypatch, capsys):
-    question = QUESTIONS[0]["prompt"]
-    lines = f"{question}\n/base\n/reset\n{question}\n/adapter\n/reset\n\n{question}\n/quit\nnever read\n"
-    said, notes = chat(monkeypatch, capsys, lines, "--adapter", place.run)
-    alone = [
-        out(capsys, "generate", *flags, "--prompt", question, *SHORT)
-        for flags in (["--adapter", place.run], ["--base", place.base])
-    ]
-    tuned = alone[0].rstrip("\n")
-    assert "\n".join(said).count(tuned) == 2
-    assert "plain base answers" in notes
-    assert "the adapter answers" in notes
-
-
-def test_chat_remembers_until_reset(place: Place, monkeypatch, capsys):
-    first, second = "What is it?", "And then?"
-    said, _ = chat(monkeypatch, capsys, f"{first}\n{second}\n/reset\n{second}\n", "--base", place.base)
-    text = "\n".join(said)
-    alone = out(capsys, "generate", "--base", place.base, "--prompt", second, *SHORT).rstrip("\n")
-    assert text.endswith(alone)
-    assert text.count(alone) == 1
-
-
-def test_chat_without_an_adapter_says_so_and_a_long_message_is_left_out(place: Place, monkeypatch, capsys):
-    said, notes = chat(monkeypatch, capsys, f"/adapter\n{'long ' * 200}\nHi\n", "--base", place.base)
-    assert "no adapter was given" in notes
-    assert "that message was left out" in notes
-    assert "\n".join(said) == out(capsys, "generate", "--base", place.base, "--prompt", "Hi", *SHORT).rstrip(
-        "\n"
-    )
 
 
 # -- eval

@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 
 from adapters import trained
 from merges import SPECS, load, save, tensors
+from onebase.cli.main import main
 from onebase.models.merging import plan_merge
 from onebase.storage.format import save_adapter
 from onebase.transforms.merge_files import merge_files
@@ -54,3 +56,26 @@ def test_where_only_one_of_two_tied_weights_changes_ours_is_what_peft_computes_u
     ours = load(merge_files(plan_merge(base, folder), tmp_path / "ours"))
     torch.testing.assert_close(output(ours, ids), unmerged, rtol=1e-4, atol=1e-4)
     assert (output(theirs, ids) - unmerged).abs().max() > 0.1
+
+
+def test_biases_that_peft_trained_in_the_layers_themselves(tmp_path):
+    """bias="lora_only" stores the layers' own biases: merged, and rewritten by export, they are PEFT's."""
+    model, ids = tiny("gpt2"), some_ids()
+    base = save(model, tmp_path / "base")
+    settings = PeftConfig(r=2, target_modules=["c_attn", "c_fc"], bias="lora_only", fan_in_fan_out=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(copy.deepcopy(model), settings).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load(merge_files(plan_merge(base, tmp_path / "adapter"), tmp_path / "ours"))
+    torch.testing.assert_close(output(ours, ids), output(theirs, ids), rtol=1e-4, atol=1e-4)
+    places = [str(tmp_path / "adapter"), "--output", str(tmp_path / "plain"), "--base", str(base)]
+    assert main(["export", "--to", "peft", *places]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "plain").eval()
+    torch.testing.assert_close(output(again, ids), output(theirs, ids), rtol=1e-4, atol=1e-4)

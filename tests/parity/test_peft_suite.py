@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,7 @@ from onebase.adapters.injection import injected, use
 from onebase.errors import FormatError
 from onebase.models.base import wrap_base
 from onebase.storage.format import load_adapter, read_adapter, save_adapter
+from onebase.transforms.merge import merged
 from tiny import tiny, tiny_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
@@ -131,7 +132,6 @@ REFUSED = [
         "use_bdlora",
     ),
     ("mlp", LIN0 | {"bias": "all"}, "bias='all'"),
-    ("mlp", LIN0 | {"bias": "lora_only"}, "bias='lora_only'"),
     ("mlp", on("lin0") | {"init_lora_weights": "pissa", "r": 4}, "init_lora_weights='pissa'"),
     ("mlp", on("lin0") | {"init_lora_weights": "olora", "r": 4}, "init_lora_weights='olora'"),
     *(
@@ -186,6 +186,44 @@ def test_an_adapter_that_is_not_computed_is_refused_by_name(name, settings, told
     model, _ = build(name)
     saved(model, settings, tmp_path / "a")
     with pytest.raises(FormatError, match=told):
+        load_adapter(tmp_path / "a", wrap_base(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("mlp", BOTH), ("mlp", LIN0 | BIAS), ("conv2d", on("conv2d", "lin0")), ("embedding", on("emb", "lin0"))],
+    ids=label,
+)
+def test_trained_biases_of_the_targets_become_a_part_of_the_update(name, settings, tmp_path):
+    """bias="lora_only" stores whole biases; here they are lora_bias, which PEFT reads as the same."""
+    model, x = build(name)
+    theirs = saved(model, {"r": 2, **settings, "bias": "lora_only"}, tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a", wrap_base(model))
+    assert adapter.config.lora_bias
+    save_adapter(adapter, tmp_path / "b")
+    assert load_adapter(tmp_path / "b", wrap_base(model)) == adapter
+    with torch.no_grad():
+        expected, plain = theirs(x), model(x)
+        assert (expected - plain).abs().max() > 1e-3
+        with injected(model, adapter):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        with merged(model, adapter):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        if name != "embedding":  # PEFT takes no lora_bias beside an embedding's update, and says so
+            again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "b").eval()
+            torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(FormatError, match=r"needed to tell what was added[\s\S]*--to peft --base"):
+        read_adapter(tmp_path / "a")
+
+
+def test_trained_biases_that_have_no_place(tmp_path):
+    model, _ = build("mlp")
+    saved(model, LIN0 | {"bias": "lora_only"}, tmp_path / "a")
+    saved(model, LIN0 | DORA | {"bias": "lora_only"}, tmp_path / "dora")
+    with pytest.raises(FormatError, match=r"lin0\.bias: a trained bias beside DoRA"):
+        load_adapter(tmp_path / "dora", wrap_base(model))
+    model.lin0.bias = None
+    with pytest.raises(FormatError, match=r"lin0\.bias: a trained bias, and the base has none"):
         load_adapter(tmp_path / "a", wrap_base(model))
 
 

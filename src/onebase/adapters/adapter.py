@@ -80,6 +80,9 @@ def block(low: LowRank, number: int) -> LowRank:
     return low._replace(blocks=1, **own)
 
 
+HEAD_TASK = "SEQ_CLS"  # PEFT's task_type of adapters that carry a head for whole rows
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter came from: what must be known to use it rightly, and what is good to know."""
@@ -90,6 +93,14 @@ class Origin:
     prompt: Mapping[str, Any] = field(default_factory=dict[str, Any])  # how training rendered a prompt
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])  # steps, data, settings
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])  # new to the tokenizer: text -> id
+    head: Mapping[str, Any] = field(
+        default_factory=dict[str, Any]
+    )  # what a head's outputs mean (data.labels.Head)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the adapter reads whole texts, with a head of its own, instead of writing them."""
+        return self.task == HEAD_TASK
 
 
 @dataclass(frozen=True, eq=False)

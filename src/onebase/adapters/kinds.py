@@ -191,3 +191,10 @@ def as_rows(weight: Tensor, low: LowRank) -> Tensor:
     """A base weight as the (out, in) matrix that B·A is added to."""
     rows = weight.transpose(-1, -2) if KINDS[low.kind].transposed else weight
     return rows.detach().to(torch.promote_types(rows.dtype, torch.float32)).reshape(low.B.shape[0], -1)
+
+
+def blocks_of(site: Site, weight: Tensor) -> Tensor:
+    """The site's weight as (g, o, i), the matrices that its blocks' B·A are added to, in at least float32."""
+    rows = weight.mT if KINDS[site.kind].transposed else weight
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return wide.reshape(site.blocks, site.shape[1], site.shape[0])

@@ -158,7 +158,7 @@ def match(model: nn.Module, config: LoraConfig) -> Coverage:
         raise TargetError(f"target_modules {asked}", "nothing is left to adapt")
     targets = tuple(_target(p, (candidates | named)[p], spellings[p], config) for p in kept)
     _check_room(targets, config)
-    _check_dropout(targets, config)
+    check_dropout(targets, config)
     _check_patterns(config, [spellings[path] for path in kept])
     uneven = () if config.target_modules == ALL_LINEAR else _uneven(kept, stacks, config.layers)
     return Coverage(targets, full, uneven)
@@ -208,7 +208,8 @@ def _named_parameters(
     return named
 
 
-def _check_dropout(targets: Sequence[Target], config: LoraConfig) -> None:
+def check_dropout(targets: Sequence[Target], config: LoraConfig) -> None:
+    """Raise TargetError where dropout is asked for and some target has no input to drop."""
     changed = [target.path for target in targets if is_parameter(target.site.kind)]
     if config.dropout and changed:
         found = f"{changed[0]} is a parameter, whose update has no input of its own that could be dropped"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.adapter import LayerKind, LowRank, joined
-from onebase.adapters.kinds import KINDS, Target, as_rows, is_parameter
+from onebase.adapters.kinds import KINDS, Target, as_rows, blocks_of, is_parameter
 from onebase.config import LoraConfig
 from onebase.errors import ConfigError, TargetError
 from onebase.ops.lowrank import row_norms
@@ -196,7 +196,8 @@ def start(
     site, row = target.site, INITS[config.init]
     given = Given(target, generator_for(target.path, seed))
     if row.needs == "weight":
-        given = given._replace(weight_goi=_blocks_of(target, module))
+        weight = module.get_parameter(site.name).detach()
+        given = given._replace(weight_goi=blocks_of(site, weight))
     elif row.needs != "nothing":
         given = given._replace(seen=_checked(target, config.init, seen))
     a_gri, b_gor = row.begin(given)
@@ -204,17 +205,9 @@ def start(
     low = LowRank(a, b, target.scale, site.kind, site.blocks, site.kernel)
     if row.taken:
         low = joined(low, low._replace(B=-low.B))
-    if config.lora_bias and _has_bias(module):
+    if config.lora_bias and has_bias(module):
         low = low._replace(bias=torch.zeros(site.shape[1]))
     return low._replace(magnitude=_norms(target, low, module)) if config.dora else low
-
-
-def _blocks_of(target: Target, module: nn.Module) -> Tensor:
-    """W as (g, o, i), in at least float32."""
-    site, weight = target.site, module.get_parameter(target.site.name).detach()
-    rows = weight.mT if KINDS[site.kind].transposed else weight
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return wide.reshape(site.blocks, site.shape[1], site.shape[0])
 
 
 def _checked(target: Target, init: str, seen: Tensor | None) -> Tensor:
@@ -229,7 +222,8 @@ def _checked(target: Target, init: str, seen: Tensor | None) -> Tensor:
     return seen
 
 
-def _has_bias(module: nn.Module) -> bool:
+def has_bias(module: nn.Module) -> bool:
+    """Whether a layer adds a bias, which an update can move."""
     return isinstance(getattr(module, "bias", None), Tensor)
 
 
@@ -255,7 +249,7 @@ def check_start(config: LoraConfig, targets: Iterable[Target], modules: Mapping[
     if problems:
         more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise TargetError("start of the adapter", "\n  " + "\n  ".join([*problems[:8], *more]))
-    if config.lora_bias and targets and not any(_has_bias(modules[t.site.owner]) for t in targets):
+    if config.lora_bias and targets and not any(has_bias(modules[t.site.owner]) for t in targets):
         raise TargetError("lora_bias", "none of the targeted layers has a bias to add to")
 
 
@@ -292,7 +286,7 @@ def sizes(target: Target, config: LoraConfig, module: nn.Module) -> Sizes:
     """The sizes of what `start` gives."""
     features, out = target.site.shape
     a, b = (target.rank * target.site.blocks * size for size in (features, out))
-    bias = out if config.lora_bias and _has_bias(module) else 0
+    bias = out if config.lora_bias and has_bias(module) else 0
     return Sizes(a, b, bias, out if config.dora else 0, a + b if is_held(config) else 0)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onebase.config import DataConfig, Recipe, Sampling, TrainConfig
+from onebase.config import ALL_LINEAR, DataConfig, Recipe, Sampling, TrainConfig
 from onebase.errors import ConfigError
 from onebase.grid import swept_options
 from onebase.options import assign, names, opt, require
+from onebase.serve.request import Limits
+from onebase.serve.settings import KEY_VARIABLE, Settings
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,13 @@ class WithAdapter:
         False, "accept an adapter that was made for a base with another fingerprint"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
+
+
+@dataclass(frozen=True)
+class WithAdapters(WithAdapter):
+    """Which base a command uses, and which adapters."""
+
+    adapter: str = opt("", "adapter folders, with commas between them (empty: the plain base)")
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,39 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """`onebase predict`."""
+
+    prompt: str = opt("", "one text")
+    input: str = opt("", "file of texts: any data file with a text column, and text_pair for pairs")
+    output: str = opt("", "write JSONL here instead of to the screen")
+    map: dict[str, str] | str = opt(dict, "rename the input's columns, for example text=review")
+    max_length: int = opt(0, "longest text in tokens (0: as in the adapter's training)")
+    overlong: Literal["", "error", "truncate"] = opt(
+        "", "texts that are longer: refuse them, or cut their end (empty: as in the adapter's training)"
+    )
+    batch_size: int = opt(16, "texts in one batch")
+    using: WithAdapter = opt(WithAdapter, "")
+
+    def __post_init__(self) -> None:
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        if self.prompt and self.input:
+            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """`onebase chat`."""
 
     system: str = opt("", "system message (empty: the one the adapter was trained with, if any)")
-    using: WithAdapter = opt(WithAdapter, "")
+    context: int = opt(
+        Limits.context, "longest conversation in tokens, the answer included (0: what the base takes)"
+    )
+    using: WithAdapters = opt(WithAdapters, "")
     sampling: Sampling = opt(Sampling, "")
+
+    def __post_init__(self) -> None:
+        require("context", self.context, self.context >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -116,6 +152,34 @@ class CompareConfig:
         require("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """`onebase serve`."""
+
+    base: str = opt("smollm2-135m", "base model")
+    adapters: str = opt("", "folder of adapter folders; what appears in it is served (empty: the base alone)")
+    host: str = opt(Settings.host, "address to listen at; one that other machines reach needs an API key")
+    port: int = opt(Settings.port, "port (0: any that is free)")
+    api_key: str = opt("", f"key that every request must bring (empty: what {KEY_VARIABLE} says, or none)")
+    allow_runtime_loading: bool = opt(
+        Settings.allow_runtime_loading, "let requests load and unload adapters of the folder"
+    )
+    slots: int = opt(Limits.slots, "requests that run at once")
+    context: int = opt(Limits.context, "tokens of prompt and answer (0: what the base takes)")
+    memory: float = opt(0.0, "GB for cached keys and values and for adapters (0: no limit)")
+    queue: int = opt(Limits.queue, "requests that may wait; more are answered 429")
+    max_body: int = opt(Settings.max_body, "largest request in bytes")
+    refresh: float = opt(Settings.refresh, "seconds between two looks at the adapters folder")
+    drain: float = opt(Settings.drain, "seconds that running answers have after SIGTERM")
+    weights: str = opt(
+        "auto", "how the base is held: auto (fastest without loss), plain, native, packed, int8, int4"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "the base's dtype")
+
+    def __post_init__(self) -> None:
+        require("memory", self.memory, self.memory >= 0, "0 or more")
+
+
 # `onebase sweep`: the options of `train`, those that may vary as text.
 SweepConfig = swept_options(
     TrainConfig(),
@@ -170,6 +234,36 @@ class CombineConfig:
         if self.negate and (len(self.adapters) > 1 or self.weights or self.recipe != Recipe()):
             hint = "leave the others out, or give a negative weight instead"
             raise ConfigError("option negate", "it takes one adapter, no weights and no method", hint=hint)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """`onebase extract`."""
+
+    base: str = opt("", "base model: hub name, folder, .gguf file, or the built-in smollm2-135m")
+    tuned: str = opt("", "model that was trained from the base: hub name, folder or .gguf file")
+    output: str = opt("", "folder for the adapter; it must not exist yet")
+    rank: int = opt(16, "rank of each update")
+    target_modules: str | list[str] = opt(
+        ALL_LINEAR,
+        "'all-linear', module names such as q_proj,v_proj, or re:<regular expression on the full path>",
+    )
+    exclude_modules: str | list[str] = opt(list, "module names to leave out, or re:<regular expression>")
+    target_parameters: str | list[str] = opt(
+        list, "parameters that modules use directly, such as mlp.experts.down_proj"
+    )
+    lora_bias: bool = opt(False, "take the targets' biases too")
+    modules_to_save: str | list[str] = opt(
+        list, "modules whose tuned weights the adapter takes whole, such as norm or lm_head"
+    )
+    allow: str | list[str] = opt(
+        list, "tensors, modules or settings (config.NAME) whose difference the adapter may leave out"
+    )
+    prompts: str = opt("", "text file with a prompt a line for the comparison (empty: three short ones)")
+    check: bool = opt(True, "compare base and adapter with the tuned model; this loads both, one at a time")
+
+    def __post_init__(self) -> None:
+        assign(self, allow=names(self.allow))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,10 @@ def _case(alone: Salvage, opened: Opened, prompts: tuple[str, ...]) -> Case:
     base = opened.base
     if base is None:
         return Case(alone, untried=opened.why_not)
+    try:
+        base = base.for_adapter(alone.stored.adapter if alone.stored else None)
+    except OnebaseError as error:
+        return Case(alone, base, untried=str(error))
     files = salvage(alone.folder, base)
     if files.stored is None:
         return Case(files, base, untried="the adapter cannot be loaded")

@@ -9,15 +9,20 @@ from typing import Any
 
 from rich.table import Table
 
+from onebase.adapters.adapter import Adapter
 from onebase.cli.configs import EvalConfig
 from onebase.cli.console import console
 from onebase.cli.using import open_pair
 from onebase.config import build, flatten
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
-from onebase.evaluation import Scores, evaluate
+from onebase.errors import ConfigError
+from onebase.evaluation import Scores, evaluate, evaluate_labels
 from onebase.files import require_writable, write_text
+from onebase.models.base import Base
+from onebase.models.heads import head_of
 from onebase.storage.format import read_adapter
+from onebase.training.report import WORDINGS
 
 METRICS = {  # name -> (how it is written, is a larger value better)
     "loss": "{:.4f}",
@@ -26,6 +31,8 @@ METRICS = {  # name -> (how it is written, is a larger value better)
     "bleu": "{:.2f}",
     "chrf": "{:.2f}",
 }
+OF_TEXT, OF_LABELS = ("exact_match", "bleu", "chrf"), ("accuracy", "macro_f1", "pearson", "r2")
+CUTTING = ("max_length", "overlong")
 SPLITTING = ("data", "holdout", "split_by")
 # Taken from the adapter's training unless given: other values would score what it was not taught.
 LIKE_TRAINING = ("chat", "system", "separator", "loss_on", "teach_eos", "seed")
@@ -41,23 +48,46 @@ def run(options: dict[str, Any]) -> int:
     if config.output:
         require_writable(config.output)
     base, adapter = open_pair(config.using)
+    if config.data.task != "causal":
+        return _labels(
+            config, base, adapter, rows, {name: options[name] for name in CUTTING if name in options}
+        )
     sampling = config.sampling if config.generate and rows[0].kind != "text" else None
     data = {name: value for name, value in flatten(config.data).items() if name not in SPLITTING}
     scores = {"base": evaluate(base, rows, None, sampling, **data)}
     if adapter is not None:
         scores["adapter"] = evaluate(base, rows, adapter, sampling, **data)
+    _tell(config, scores, len(rows))
+    return 0
+
+
+def _labels(
+    config: EvalConfig, base: Base, adapter: Adapter | None, rows: list[Example], cutting: Mapping[str, Any]
+) -> int:
+    """The scores of an adapter with a head, beside those of a constant answer."""
+    if adapter is None:
+        raise ConfigError(
+            f"option task={config.data.task}", "the plain base has no head", hint="give --adapter"
+        )
+    found, constant = evaluate_labels(base, rows, adapter, **cutting)
+    _tell(config, {WORDINGS[config.data.task].before: constant, "adapter": found}, len(rows))
+    return 0
+
+
+def _tell(config: EvalConfig, scores: dict[str, Scores], rows: int) -> None:
     if config.output:
         write_text(config.output, json.dumps({n: _as_json(s) for n, s in scores.items()}, indent=2) + "\n")
-    _print(scores, len(rows))
-    return 0
+    _print(scores, rows, config.data.task)
 
 
 def _trained_with(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the adapter's own training that decide how rows are split, rendered and scored."""
     if not options.get("adapter"):
         return {}
-    settings = read_adapter(options["adapter"]).origin.training.get("settings", {})
-    return {name: settings[name] for name in LIKE_TRAINING if name in settings}
+    adapter = read_adapter(options["adapter"])
+    settings = adapter.origin.training.get("settings", {})
+    task = {"task": head_of(adapter).task} if adapter.origin.has_head else {}
+    return {name: settings[name] for name in LIKE_TRAINING if name in settings} | task
 
 
 def _rows(config: EvalConfig) -> list[Example]:
@@ -69,11 +99,22 @@ def _rows(config: EvalConfig) -> list[Example]:
 
 
 def _as_json(scores: Scores) -> dict[str, Any]:
-    values = dataclasses.asdict(scores) | {"perplexity": scores.perplexity}
-    return {name: value for name, value in values.items() if name != "answers"}
+    values = dataclasses.asdict(scores)
+    labelled = any(values[name] is not None for name in OF_LABELS)
+    values |= {} if labelled else {"perplexity": scores.perplexity}
+    unused = OF_TEXT if labelled else OF_LABELS
+    return {name: value for name, value in values.items() if name not in (*unused, "answers")}
 
 
-def _print(scores: dict[str, Scores], rows: int) -> None:
+def _print(scores: dict[str, Scores], rows: int, task: str) -> None:
+    if task != "causal":
+        table = Table("", *scores, title=f"{rows:,} rows with a label", title_justify="left")
+        for field, label, unit, _ in WORDINGS[task].measures:
+            values = [getattr(score, field) for score in scores.values()]
+            forms = "{:.1%}" if unit == "%" else "{:.4f}"
+            table.add_row(label, *("–" if value is None else forms.format(value) for value in values))
+        console.print(table)
+        return
     tokens = next(iter(scores.values())).tokens
     table = Table("", *scores, title=f"{rows:,} rows, {tokens:,} tokens with loss", title_justify="left")
     if any(score.tokens != tokens for score in scores.values()):  # the adapter added some to the tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 from onebase.adapters.injection import injected
 from onebase.cli.configs import GenerateConfig
-from onebase.cli.using import open_pair
+from onebase.cli.using import open_pair, require_text
 from onebase.config import DataConfig, build
 from onebase.data.read import Example, read_examples
 from onebase.errors import ConfigError, DataError, MissingFile, nearest
@@ -26,6 +26,7 @@ def run(options: dict[str, Any]) -> int:
     if config.output:
         require_writable(config.output)
     base, adapter = open_pair(config.using)
+    require_text(adapter)
     with injected(base.model, adapter, "generate"):
         given = answers(for_adapter(base, adapter), prompts, format_of(base, adapter), config.sampling)
     rows = [_row(example, answer) for example, answer in zip(prompts, given, strict=True)]

@@ -13,10 +13,11 @@ from onebase.adapters.adapter import Adapter
 from onebase.cli.configs import InspectConfig
 from onebase.cli.console import console, table
 from onebase.config import build, flatten
+from onebase.data.labels import Head
 from onebase.errors import ConfigError
 from onebase.ops.lowrank import update
 from onebase.storage.format import TENSORS, read_adapter
-from onebase.training.report import count, size
+from onebase.training.report import count, plain, size
 
 VARIANTS = {"rslora": "rsLoRA", "dora": "DoRA", "lora_bias": "with bias"}
 TRAINING = ("steps", "tokens", "rows", "loss")
@@ -62,6 +63,7 @@ def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
         "config": flatten(adapter.config),
         "base": {"name": adapter.origin.base, "fingerprint": adapter.origin.fingerprint},
         "prompt": dict(adapter.origin.prompt),
+        "head": dict(adapter.origin.head),
         "training": dict(adapter.origin.training),
         "modules": modules,
         "trained in full": full,
@@ -92,6 +94,8 @@ def _print(facts: dict[str, Any]) -> None:
         ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
         ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
     ]
+    if facts["head"]:
+        rows.append(("head", plain(Head.from_dict(facts["head"]).labels or facts["head"]["task"])))
     rows += _token_rows(facts)
     rows += [(f"training: {name}", str(training[name])) for name in TRAINING if name in training]
     idle = [item["module"] for item in facts["modules"] if item["norm"] == 0.0]

@@ -51,16 +51,28 @@ COMMANDS: dict[str, Command] = {
         "answer one prompt or a file of prompts, with an adapter or without",
         "onebase generate --adapter runs/first --prompt 'My kettle broke'",
     ),
+    "predict": Command(
+        configs.PredictConfig,
+        "predict",
+        "say which label an adapter with a head gives to a text or a file of them, and how sure it is",
+        "onebase predict --adapter runs/stars --prompt 'It broke after a day'",
+    ),
     "chat": Command(
         configs.ChatConfig,
         "chat",
         "talk to the base or to an adapter",
         "onebase chat --adapter runs/first",
     ),
+    "serve": Command(
+        configs.ServeConfig,
+        "serve",
+        "answer HTTP requests as OpenAI's API does, each by the adapter that it names, and show a page to try them",
+        "onebase serve --base smollm2-135m --adapters runs",
+    ),
     "eval": Command(
         configs.EvalConfig,
         "evaluate",
-        "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF",
+        "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF; or labels: accuracy, F1, R²",
         "onebase eval --adapter runs/first --data test.jsonl",
     ),
     "combine": Command(
@@ -69,6 +81,12 @@ COMMANDS: dict[str, Command] = {
         "make one adapter of several: weighted sums, TIES, DARE, pruning, negation, compression",
         "onebase combine runs/a,runs/b --weights=0.5,0.5 --method svd --rank 16 --output runs/both",
         positional="adapters",
+    ),
+    "extract": Command(
+        configs.ExtractConfig,
+        "extract",
+        "make the adapter that turns a base into a model tuned from it: the best low rank of each difference",
+        "onebase extract --base smollm2-135m --tuned my-model --rank 16 --output runs/extracted",
     ),
     "merge": Command(
         configs.MergeConfig,

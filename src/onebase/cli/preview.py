@@ -11,7 +11,7 @@ from onebase.data.checks import enforce
 from onebase.data.preview import print_preview
 from onebase.models.base import load_base
 from onebase.models.vocabulary import resolve_tokens
-from onebase.training.prepare import read_data, tokenizer_of
+from onebase.training.prepare import read_data
 
 
 def run(options: dict[str, Any]) -> int:
@@ -22,6 +22,7 @@ def run(options: dict[str, Any]) -> int:
     data = read_data(words.base, config.data, config.seed, tokens=words.ids)
     if words.ids:
         console.print("token rows to train: " + "; ".join(words.lines), markup=False, highlight=False)
-    print_preview(console, tokenizer_of(words.base), data.train_rows, data.summary, config.rows)
+    tokenizer: Any = words.base.tokenizer  # read_data raises where there is none
+    print_preview(console, tokenizer, data.train_rows, data.summary, config.rows)
     enforce(data.summary.findings, config.data.allowed)
     return 0

@@ -21,7 +21,7 @@ from onebase.cli.console import console, say, table
 from onebase.training.loop import Evaluated, Event, Finished, Saved, Stepped
 from onebase.training.plan import Plan
 from onebase.training.record import RunRecord
-from onebase.training.report import count, duration, size
+from onebase.training.report import changes, count, duration, plain, size, wording
 from onebase.training.speed import Prediction
 
 
@@ -59,8 +59,11 @@ def print_plan(plan: Plan, prediction: Prediction | None = None) -> None:
                 ("rows", f"{count(plan.rows)} to train on, {count(plan.valid_rows)} held out"),
                 (
                     "tokens in one pass",
-                    f"{count(plan.tokens)}, of which {count(plan.loss_tokens)} carry loss",
+                    f"{count(plan.tokens)}, for {count(plan.loss_tokens)} labels"
+                    if plan.labels
+                    else f"{count(plan.tokens)}, of which {count(plan.loss_tokens)} carry loss",
                 ),
+                *([("labels", plain(plan.labels))] if plan.labels else []),
                 ("optimiser steps", count(plan.steps)),
                 ("rows are scored by", plan.way),
                 ("memory, estimated", size(plan.memory)),
@@ -148,8 +151,23 @@ def print_record(record: RunRecord) -> None:
         ("base unchanged", f"verified: {record.proof.tensors} tensors, {record.proof.after[:23]}..."),
     ]
     if record.before and record.after:
-        rows.insert(1, ("held-out loss", f"{record.before.loss:.4f} -> {record.after.loss:.4f}"))
+        rows[1:1] = _results(record)
         if record.before.exact_match is not None and record.after.exact_match is not None:
             change = f"{record.before.exact_match:.0%} -> {record.after.exact_match:.0%}"
             rows.insert(2, ("exact match", f"{change} of {len(record.samples)} held-out answers"))
     console.print(table("result", rows))
+
+
+def _results(record: RunRecord) -> list[tuple[str, str]]:
+    """What training changed on the held-out rows: the loss; for labels each measure beside a constant answer's."""
+    assert record.before is not None
+    assert record.after is not None
+    if not record.head:
+        return [("held-out loss", f"{record.before.loss:.4f} -> {record.after.loss:.4f}")]
+    words, shown = wording(record), list[tuple[str, str]]()
+    for label, before, after, unit, _ in changes(record.before, record.after, words):
+        one, two = (
+            f"{value:.1f}%" if unit == "%" else f"{value:.4f} {unit}".strip() for value in (before, after)
+        )
+        shown.append((label.lower(), f"{two} ({words.before}: {one})"))
+    return shown

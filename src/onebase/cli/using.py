@@ -9,7 +9,7 @@ from onebase.cli.configs import WithAdapter
 from onebase.errors import BaseError, DataError, MissingFile, nearest
 from onebase.models.base import Base, load_base
 from onebase.models.merging import PROMPTS
-from onebase.storage.format import load_adapter, read_adapter
+from onebase.storage.format import load_adapter, read_stored
 
 DEFAULT_BASE = "smollm2-135m"
 
@@ -22,9 +22,17 @@ def open_pair(using: WithAdapter) -> tuple[Base, Adapter | None]:
     return base, load_adapter(using.adapter, base, using.allow_base_mismatch)
 
 
+def require_text(adapter: Adapter | None) -> None:
+    """Raise BaseError for an adapter that gives labels instead of text."""
+    if adapter is not None and adapter.origin.has_head:
+        raise BaseError(
+            "an answer in words", "the adapter has a head that gives labels", hint="use onebase predict"
+        )
+
+
 def base_name(given: str, adapter: str) -> str:
     """The base that was given, else the one that the adapter's folder names. Raises BaseError where it names none."""
-    name = given or read_adapter(adapter).origin.base
+    name = given or read_stored(adapter).adapter.origin.base
     if not name:
         found = "it does not say which base it was made for"
         raise BaseError(f"adapter {adapter}", found, hint="give --base")

@@ -16,8 +16,14 @@ FIXES = {
     "no-eos": "give --teach-eos, or end the answers with the base's end-of-text token",
     "double-bos": "remove the beginning-of-text token from the data or from the chat template: one is enough",
     "unmarked-turns": "put {% generation %} tags into the chat template, or use prompt and completion rows",
+    "rare-class": "give the class more rows, or leave its rows out",
     "untrained-special": "train their rows with --trainable-tokens, or use a template with trained tokens",
 }
+
+
+OF_LABELS = frozenset(
+    {"rare-class"}
+)  # gates of rows that have labels; the others are of rows that have text alone
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase.config import GATES
-from onebase.data.checks import FIXES, Finding, describe
+from onebase.data.checks import FIXES, OF_LABELS, Finding, describe
 from onebase.data.read import Example
 from onebase.data.template import Encoded, EncodedSet, Tokenizer
 
 LOSS, REST, SPECIAL, EDGE = "bold green", "dim", "underline", "cyan"
 SHOWN = 400  # tokens of one row; of a longer one the middle is left out
+LABELS = 40  # classes in the table
 WINDOW = 8  # tokens decoded before the one that is shown, so that its space and its bytes come out right
 
 # Control characters as their Unicode pictures: a row must not move the cursor or colour the terminal.
@@ -50,12 +51,23 @@ class DataSummary:
     duplicates: int
     shared_prompts: int
     findings: tuple[Finding, ...]
+    labels: Mapping[str, float]  # rows by class, or the spread of numbers; empty where rows have no label
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes of labelled rows, in the head's order; none where labels are numbers, which are not counted."""
+        return [name for name, value in self.labels.items() if isinstance(value, int)]
 
 
-def summarise(examples: Sequence[Example], encoded: EncodedSet, findings: Sequence[Finding]) -> DataSummary:
+def summarise(
+    examples: Sequence[Example],
+    encoded: EncodedSet,
+    findings: Sequence[Finding],
+    labels: Mapping[str, float] | None = None,
+) -> DataSummary:
     """The summary of `encoded`, which was made of `examples` and has at least one row."""
     lengths = sorted(len(row.ids) for row in encoded.rows)
-    tokens, loss = sum(lengths), sum(sum(row.loss) for row in encoded.rows)
+    tokens, loss = sum(lengths), sum(row.targets for row in encoded.rows)
     prompts = Counter(key for key in map(_prompt_key, examples) if key is not None)
     return DataSummary(
         rows=len(encoded.rows),
@@ -71,12 +83,13 @@ def summarise(examples: Sequence[Example], encoded: EncodedSet, findings: Sequen
         duplicates=len(encoded.rows) - len({tuple(row.ids) for row in encoded.rows}),
         shared_prompts=sum(count > 1 for count in prompts.values()),
         findings=tuple(findings),
+        labels=labels or {},
     )
 
 
 def _prompt_key(example: Example) -> object:
     if example.messages is None:
-        return example.prompt
+        return example.prompt if example.label is None else (example.text, example.text_pair)
     answered = example.messages[-1]["role"] == "assistant"
     history = example.messages[:-1] if answered else example.messages
     return tuple((message["role"], message["content"]) for message in history)
@@ -88,10 +101,10 @@ def print_preview(
     """Print the summary, the gates, and the first `rows` rows token by token."""
     console.print(_table(summary))
     console.print(_gates(summary))
-    if rows:
+    if rows and not summary.labels:
         console.print(_legend())
     for row in encoded.rows[:rows]:
-        console.print(_title(row))
+        console.print(_title(row, summary.classes))
         console.print(row_text(tokenizer, row))
 
 
@@ -100,16 +113,27 @@ def _table(summary: DataSummary) -> Table:
     cells = {
         "rows": f"{summary.rows:,}",
         "tokens": f"{summary.tokens:,}",
-        "tokens with loss": f"{summary.loss_tokens:,} ({summary.share:.0%})",
+        **_targets(summary),
         "length: min, median, p95, max": ", ".join(f"{length:,.6g}" for length in lengths),
         "truncated, dropped rows": f"{summary.truncated:,}, {summary.dropped:,}",
         "duplicate rows": f"{summary.duplicates:,}",
-        "prompts in several rows": f"{summary.shared_prompts:,}",
+        "texts in several rows"
+        if summary.labels
+        else "prompts in several rows": f"{summary.shared_prompts:,}",
     }
     table = Table(title="data", show_header=False)
     for name, cell in cells.items():
         table.add_row(name, cell)
     return table
+
+
+def _targets(summary: DataSummary) -> dict[str, str]:
+    """What there is to learn: tokens with loss, or labels."""
+    if not summary.labels:
+        return {"tokens with loss": f"{summary.loss_tokens:,} ({summary.share:.0%})"}
+    shown = [f"{name}: {value:,.6g}" for name, value in summary.labels.items()]
+    more = [f"... {len(shown) - LABELS} more"] if len(shown) > LABELS else []
+    return {"labels": "\n".join([*shown[:LABELS], *more])}
 
 
 def _gates(summary: DataSummary) -> Text:
@@ -119,7 +143,7 @@ def _gates(summary: DataSummary) -> Text:
     for gate in GATES:
         if gate in failed:
             text.append(f"✗ {gate}: {describe(failed[gate])}\n", "red")
-        elif gate in FIXES:
+        elif gate in FIXES and (gate in OF_LABELS) == bool(summary.labels):
             text.append(f"✓ {gate}\n", "green")
     return text
 
@@ -129,9 +153,12 @@ def _legend() -> Text:
     return Text("  ").join(Text(name, style) for name, style in parts)
 
 
-def _title(row: Encoded) -> Text:
+def _title(row: Encoded, classes: Sequence[str]) -> Text:
     cut = ", truncated" if row.truncated else ""
-    return Text(f"\nrow {row.row}: {len(row.ids)} tokens, {sum(row.loss)} with loss{cut}", "bold")
+    told = f"{sum(row.loss)} with loss"
+    if row.label is not None:
+        told = f"label {classes[int(row.label)] if classes else f'{row.label:g}'}"
+    return Text(f"\nrow {row.row}: {len(row.ids)} tokens, {told}{cut}", "bold")
 
 
 def row_text(tokenizer: Tokenizer, row: Encoded) -> Text:

@@ -13,8 +13,9 @@ from typing import Any, Literal, NoReturn, cast
 from onebase.config import DataConfig
 from onebase.errors import ConfigError, DataError, MissingFile, nearest
 
-Kind = Literal["messages", "completion", "text"]
+Kind = Literal["messages", "completion", "text", "labelled", "labelled pair", "pair"]
 Message = Mapping[str, str]
+Label = str | int | float | bool
 NumberedRow = tuple[int, Mapping[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,27 +31,38 @@ TYPE_NAMES = {
     "NoneType": "null",
 }
 
-# The columns of each kind of row, in the order in which they are looked for.
+# The columns of each kind of row.
 KINDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
     "text": ("text",),
+    "labelled pair": ("text", "text_pair", "label"),
+    "labelled": ("text", "label"),
+    "pair": ("text", "text_pair"),
 }
-WANTED = "messages; prompt and completion; text"
-COLUMNS = tuple(itertools.chain(*KINDS.values()))
+# The kinds that a task (config.TaskName) learns from, in the order in which they are looked for.
+OF_TASK: dict[str, tuple[Kind, ...]] = {
+    "causal": ("messages", "completion", "text"),
+    "classify": ("labelled pair", "labelled"),
+    "regress": ("labelled pair", "labelled"),
+}
+UNLABELLED: tuple[Kind, ...] = ("pair", "text")
+COLUMNS = tuple(dict.fromkeys(itertools.chain(*KINDS.values())))
 
 # Names other datasets use. They are never guessed, only offered as the --map that would fit.
 ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversations", "conversation", "chat", "dialogue"),
     "prompt": ("question", "instruction", "query", "input", "source", "article", "document"),
     "completion": ("answer", "response", "output", "target", "summary", "highlights", "chosen"),
-    "text": ("content", "body", "document"),
+    "text": ("content", "body", "document", "sentence", "review", "sentence1", "premise", "text1"),
+    "text_pair": ("sentence2", "hypothesis", "text2"),
+    "label": ("class", "category", "stars", "rating", "score", "sentiment", "labels"),
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training row: `text`, or `prompt` and `completion`, or `messages`; never two of them.
+    """One row: `text`, or `prompt` and `completion`, or `messages`; a text may have a `label` and a second text.
 
     `row` counts from 1: the line of a JSONL file, the record of any other source. `group` is the value of
     the `split_by` column as text ("" without one).
@@ -62,22 +74,29 @@ class Example:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     group: str = ""
+    text_pair: str | None = None
+    label: Label | None = None
 
     def __post_init__(self) -> None:
         given = tuple(name for name in COLUMNS if getattr(self, name) is not None)
         if given not in KINDS.values():
             raise DataError(
-                f"row {self.row}", f"holds {', '.join(given) or 'nothing'}; needs one of: {WANTED}"
+                f"row {self.row}", f"holds {', '.join(given) or 'nothing'}; needs one of: {_wanted(KINDS)}"
             )
 
     @property
     def kind(self) -> Kind:
-        """Which of the three kinds of row this is."""
-        return next(kind for kind, names in KINDS.items() if getattr(self, names[0]) is not None)
+        """Which kind of row this is."""
+        given = {name for name in COLUMNS if getattr(self, name) is not None}
+        return next(kind for kind, names in KINDS.items() if given == set(names))
 
 
-def read_examples(source: str, config: DataConfig) -> list[Example]:
-    """All rows of `source` (at most `config.limit`) as Examples.
+def _wanted(kinds: Iterable[Kind]) -> str:
+    return "; ".join(" and ".join(KINDS[kind]) for kind in kinds)
+
+
+def read_examples(source: str, config: DataConfig, kinds: Sequence[Kind] = ()) -> list[Example]:
+    """All rows of `source` (at most `config.limit`) as Examples of one of these kinds (by default the task's).
 
     Raises MissingFile where there is no such file or dataset, ConfigError for a map that names no column of
     ours, and DataError (with row and column names) for everything in the file that cannot be used.
@@ -90,7 +109,7 @@ def read_examples(source: str, config: DataConfig) -> list[Example]:
     first = next(rows, None)
     if first is None:
         raise DataError(f"data {source}", "holds no rows")
-    columns = _columns(source, tuple(first[1]), config)
+    columns = _columns(source, tuple(first[1]), config, kinds or OF_TASK[config.task])
     group = _group_column(source, tuple(first[1]), columns, config)
     return [_example(source, row, columns, group) for row in itertools.chain([first], rows)]
 
@@ -231,7 +250,7 @@ def _read_hub(source: str, split: str) -> Iterator[NumberedRow]:
 # -- Columns: which of the file's columns are ours.
 
 
-def _columns(source: str, found: Sequence[str], config: DataConfig) -> dict[str, str]:
+def _columns(source: str, found: Sequence[str], config: DataConfig, kinds: Sequence[Kind]) -> dict[str, str]:
     """Our column names of the one kind that the file holds -> the file's names for them."""
     renamed = config.map_columns
     for ours, theirs in renamed.items():
@@ -242,23 +261,24 @@ def _columns(source: str, found: Sequence[str], config: DataConfig) -> dict[str,
                 f"data {source}", f"has no column {theirs!r} (option map)", nearest(theirs, found)
             )
     available = {name: name for name in COLUMNS if name in found} | renamed
-    for names in KINDS.values():
+    for names in (KINDS[kind] for kind in kinds):
         if all(name in available for name in names) and renamed.keys() <= set(names):
             return {name: available[name] for name in names}
-    hint = _map_hint(found)
+    hint = _map_hint(found, kinds)
     raise DataError(
-        f"data {source}", f"has the columns {', '.join(found)}; needs one of: {WANTED}", hint=hint
+        f"data {source}", f"has the columns {', '.join(found)}; needs one of: {_wanted(kinds)}", hint=hint
     )
 
 
-def _map_hint(found: Sequence[str]) -> str:
+def _map_hint(found: Sequence[str], kinds: Sequence[Kind]) -> str:
     """The first --map that makes a whole kind out of well-known names, or how to write one."""
-    for names in KINDS.values():
+    for names in (KINDS[kind] for kind in kinds):
         fits = {ours: next((n for n in (ours, *ALIASES[ours]) if n in found), None) for ours in names}
         if all(fits.values()):
             pairs = ",".join(f"{ours}={theirs}" for ours, theirs in fits.items() if ours != theirs)
             return f"this would fit: --map {pairs}"
-    return "say which column is which: --map prompt=COLUMN,completion=COLUMN"
+    columns = "prompt=COLUMN,completion=COLUMN" if "completion" in kinds else "text=COLUMN,label=COLUMN"
+    return f"say which column is which: --map {columns}"
 
 
 def _group_column(source: str, found: Sequence[str], columns: Mapping[str, str], config: DataConfig) -> str:
@@ -292,6 +312,10 @@ def _example(source: str, row: NumberedRow, columns: Mapping[str, str], group: s
         messages = list(itertools.chain(*values.values()))
         return Example(number, messages=_messages(messages, fail), group=label)
     for ours, value in values.items():
+        if ours == "label":
+            if not isinstance(value, Label):
+                fail(f"has {_type(value)} in column {columns[ours]!r}, not a text, a number or true or false")
+            continue
         wanted = "a list of messages" if ours == "messages" else "text"
         if ours == "messages" or not isinstance(value, str):
             fail(f"has {_type(value)} in column {columns[ours]!r}, not {wanted}")

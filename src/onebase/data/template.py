@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -42,12 +42,27 @@ class Tokenizer(Protocol):
 
 
 class Encoded(NamedTuple):
-    """One row: `ids`, and for each of them whether it is a target that carries loss (the first never is)."""
+    """One row: `ids`, and for each of them whether it is a target that carries loss (the first never is).
+
+    A labelled row has one target instead: `label` is its class's number, or the number itself. `types` are the token
+    types (of the first text, of the second) where they are not all 0.
+    """
 
     row: int
     ids: list[int]
     loss: list[bool]
     truncated: bool = False
+    label: float | None = None
+    types: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> int:
+        """How many targets the row has."""
+        return sum(self.loss[1:]) if self.label is None else 1
+
+    def without_targets(self) -> Encoded:
+        """The same tokens, to go through a model and count for nothing."""
+        return self._replace(loss=[False] * len(self.ids), label=None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,9 @@ class PromptFormat:
         return cls(**values)
 
 
+Cut = Callable[[Encoded, int], Encoded]  # (a row, the longest length) -> the row with as many tokens
+
+
 class Stage(NamedTuple):
     """The row's text from its start to the end of this stage; what the stage adds carries loss or not."""
 
@@ -142,10 +160,6 @@ def encode(
     `stop_ids` are the ids on which generation stops; `context` is the longest row the base takes, in tokens.
     Raises DataError for a chat without a template and, with overlong=error, for rows that are too long.
     """
-    if config.max_length > context:
-        raise ConfigError(
-            f"option max_length={config.max_length}", f"the base takes {context} tokens at most"
-        )
     form = PromptFormat.of(config, examples)
     ends = Ends(frozenset(stop_ids), _end_token(tokenizer, stop_ids) if config.teach_eos else None)
     plans = [_plan(tokenizer, example, form, ends) for example in examples]
@@ -160,7 +174,8 @@ def encode(
         carries = [config.loss_on == "all" or carried for carried in loss]
         rows.append(Encoded(example.row, ids, [False, *carries[1:]][: len(ids)]))
     unmarked = [e.row for e, plan in zip(examples, plans, strict=True) if not plan.marked]
-    return _fit(rows, tuple(unmarked) if config.loss_on == "completion" else (), config, context)
+    told = tuple(unmarked) if config.loss_on == "completion" else ()
+    return fit(EncodedSet(rows, (), told), config, context)
 
 
 def render_prompt(tokenizer: Tokenizer, prompt: Example | str, form: PromptFormat) -> list[int]:
@@ -359,10 +374,16 @@ def _through_stop(tokenizer: Tokenizer, ids: Sequence[int], stops: frozenset[int
     return len(ids) if tokenizer.decode(ids[end:]).strip() else end
 
 
-# -- Length.
+def _without_end(row: Encoded, limit: int) -> Encoded:
+    return row._replace(ids=row.ids[:limit], loss=row.loss[:limit], truncated=True)
 
 
-def _fit(rows: list[Encoded], unmarked: tuple[int, ...], config: DataConfig, context: int) -> EncodedSet:
+def fit(encoded: EncodedSet, config: DataConfig, context: int, cut: Cut = _without_end) -> EncodedSet:
+    """The rows within the longest length: what is longer is refused (DataError), left out, or made shorter by `cut`."""
+    rows, unmarked = encoded.rows, encoded.unmarked
+    found = f"the base takes {context} tokens at most"
+    if config.max_length > context:
+        raise ConfigError(f"option max_length={config.max_length}", found)
     limit = config.max_length or context
     long = [row for row in rows if len(row.ids) > limit]
     if long and config.overlong == "error":
@@ -376,5 +397,4 @@ def _fit(rows: list[Encoded], unmarked: tuple[int, ...], config: DataConfig, con
             raise DataError("option overlong=drop", f"every row is longer than {limit} tokens")
         left = {row.row for row in kept}
         return EncodedSet(kept, tuple(row.row for row in long), tuple(r for r in unmarked if r in left))
-    cut = [Encoded(row.row, row.ids[:limit], row.loss[:limit], len(row.ids) > limit) for row in rows]
-    return EncodedSet(cut, (), unmarked)
+    return EncodedSet([cut(row, limit) if len(row.ids) > limit else row for row in rows], (), unmarked)

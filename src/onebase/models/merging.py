@@ -187,6 +187,33 @@ def check_adapters(
         with injected(loaded.model, adapter):
             found.append([_outputs(loaded, row) for row in rows])
     wanted, got = found
+    return _logit_check(got, wanted)
+
+
+class TunedCheck(NamedTuple):
+    """An adapter on its base, and the plain base, each against a tuned model of the same architecture."""
+
+    adapter: LogitCheck
+    plain: LogitCheck
+
+
+def check_tuned(
+    base: str | Path, adapter: Adapter, tuned: str | Path, prompts: Sequence[str] = PROMPTS
+) -> TunedCheck:
+    """How near an adapter brings a base to a tuned model on a few prompts. Loads one model at a time."""
+    before = _loaded(base, adapter)
+    rows = _rows(before, prompts)
+    found: list[list[Tensor]] = []
+    for one in (adapter, None):
+        with injected(before.model, one):
+            found.append([_outputs(before, row) for row in rows])
+    del before
+    after = _loaded(tuned, adapter)
+    wanted = [_outputs(after, row) for row in rows]
+    return TunedCheck(*(_logit_check(got, wanted) for got in found))
+
+
+def _logit_check(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> LogitCheck:
     choices = torch.cat([(g.argmax(-1) == w.argmax(-1)).float() for g, w in zip(got, wanted, strict=True)])
     largest = max(float(w.abs().max()) for w in wanted)
     return LogitCheck(len(choices), largest, _largest_difference(got, wanted), float(choices.mean()))

@@ -17,7 +17,7 @@ from onebase.data.trie import layout
 from onebase.errors import BaseError
 from onebase.models.base import Base
 from onebase.models.engine import Engine, engine_problem
-from onebase.models.loss import loss_sum
+from onebase.models.loss import head_outputs, label_loss, loss_sum
 from onebase.models.packing import packed_attention, packing_problem
 
 Loss = Callable[[Sequence[Encoded]], Tensor]
@@ -27,6 +27,7 @@ A sum, not a mean: the caller divides by the targets of the whole step, so that 
 step is cut into batches.
 """
 
+ONE_LABEL = "a label belongs to a whole row"
 PROBE = "onebase-probe"  # the adapter's name while a way is proven
 
 
@@ -55,6 +56,9 @@ def choose(base: Base, asked: str, adapter: Adapter | None, rows: Sequence[Encod
     `rows` are of the kind that will be scored: the proof takes its text from them.
     Raises BaseError where the one that was asked for is not exact on this model.
     """
+    if base.head is not None:
+        _refuse_if(asked in ("engine", "packed"), base, asked, ONE_LABEL)
+        return Way("padded", ONE_LABEL)
     if asked == "padded":
         return Way("padded", "--engine padded")
     reason = "--engine packed"
@@ -106,7 +110,7 @@ def scorer(base: Base, way: Way, name: str, thrift: Thrift = Thrift()) -> Scorer
     if way.name == "packed":
         return Scorer(packed_loss(model), by_length)
     if way.name == "padded":
-        return Scorer(padded_loss(model, base.pad_id), by_length)
+        return Scorer(whole_loss(base), by_length)
     engine = Engine(model, name)
     return Scorer(lambda rows: engine.loss(layout(rows, thrift.share), thrift.checkpoint), by_prefix)
 
@@ -126,6 +130,14 @@ def padded_loss(model: nn.Module, pad_id: int) -> Loss:
     return lambda rows: loss_sum(model, pad(rows, pad_id))[0]
 
 
+def whole_loss(base: Base) -> Loss:
+    """The loss that a base's rows have in padded batches: of their labels, or of their text."""
+    model, head, pad_id = base.model, base.head, base.pad_id
+    if head is None:
+        return padded_loss(model, pad_id)
+    return lambda rows: label_loss(head, head_outputs(model, rows, pad_id), rows)
+
+
 def loss_tokens(rows: Sequence[Encoded]) -> int:
     """The number of targets in rows; a row's first token never is one."""
-    return sum(sum(row.loss[1:]) for row in rows)
+    return sum(row.targets for row in rows)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
 from onebase.adapters.fitting import fit_problems, with_kinds
 from onebase.adapters.layers import base_modules
 from onebase.adapters.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
@@ -34,6 +34,7 @@ from onebase.files import atomic_file, atomic_folder, write_text
 from onebase.options import fits
 from onebase.storage.peft_config import (
     from_peft,
+    holds_biases,
     is_refused,
     names_start,
     refusal_hint,
@@ -42,6 +43,7 @@ from onebase.storage.peft_config import (
     to_peft,
     type_problems,
 )
+from onebase.storage.peft_experts import stacked_experts
 from onebase.storage.peft_tensors import (
     comes_last,
     lowrank_updates,
@@ -50,6 +52,7 @@ from onebase.storage.peft_tensors import (
     target_names,
     to_peft_tensors,
     widens,
+    with_biases,
     without_idle,
 )
 from onebase.storage.peft_tokens import missing_rows, take_rows, to_peft_rows
@@ -87,6 +90,7 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> None:
         "training": dict(origin.training),
     } | ({} if names_start(adapter.config) else {"start": adapter.config.init})
     sidecar |= {"tokens": dict(origin.tokens)} if origin.tokens else {}
+    sidecar |= {"head": dict(origin.head)} if origin.head else {}
     write_text(folder / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
     # In order, but for what stands inside: of rank_pattern's keys the first one that matches counts.
     settings = dict(sorted(to_peft(adapter).items()))
@@ -109,6 +113,10 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 class HasModel(Protocol):
     """What loading needs of a base: its model, and the digest of its stored tensors (empty if unknown)."""
 
+    def for_adapter(self, adapter: Adapter) -> HasModel:
+        """The base with the head that the adapter was trained with, where it has one."""
+        ...
+
     @property
     def model(self) -> nn.Module: ...
     @property
@@ -130,6 +138,8 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
+    if _read_config(Path(folder)).get("task_type") == HEAD_TASK:
+        base = base.for_adapter(read_stored(folder).adapter)
     stored = read_stored(folder, base.model)
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
     problems += fit_problems(base.model, adapter)
@@ -206,8 +216,18 @@ def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder without a base; only `load_adapter` can tell whether it fits one."""
-    return read_stored(folder).adapter
+    """Read an adapter folder without a base; only `load_adapter` can tell whether it fits one.
+
+    Raises FormatError also for PEFT's bias="lora_only", whose biases mean nothing without the base's.
+    """
+    stored = read_stored(folder)
+    if holds_biases(stored.raw) and any(name.endswith(".bias") for name in stored.base_copies):
+        found = (
+            "it stores trained biases whole (bias='lora_only'), so the base is needed to tell what was added"
+        )
+        hint = f"rewrite it once with its base: onebase export {folder} --to peft --base BASE --output NEW"
+        raise FormatError(f"read {folder}", found, hint=hint)
+    return stored.adapter
 
 
 def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
@@ -219,30 +239,37 @@ def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
     folder = Path(folder)
     raw = _read_config(folder)
     tensors, metadata = _read_tensors(folder)
-    sidecar = _read_sidecar(folder, metadata)
+    sidecar = read_sidecar(folder, metadata)
     modules = dict(base_modules(model)) if model is not None else None
-    raw = raw | _ordered_parameters(raw, sidecar, modules)
     odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
     if odd_types:
         raise _broken(folder, odd_types)
     problems = _tensor_problems(tensors)
     rows = take_rows(tensors, raw)
-    parts = sort_tensors(rows.others, saved_modules(raw))
+    parts = sort_tensors(rows.others, saved_modules(raw), holds_biases(raw))
     problems += parts.odd + rows.problems
     if not parts.lows and not parts.full and not rows.tokens:
         problems.append("it holds no adapter tensor at all")
         raise _broken(folder, problems)
+    lows: Mapping[str, Mapping[str, Tensor]] = parts.lows
+    if modules is not None:
+        lows, raw, misfits = stacked_experts(without_idle(lows, modules), raw, modules)
+        if misfits:
+            raise _broken(folder, [*problems, *misfits])
+    raw = raw | _ordered_parameters(raw, sidecar, modules)
     try:
-        lows = without_idle(parts.lows, modules) if modules is not None else parts.lows
         at = places([*lows], target_spec(raw), modules, ordered=bool(sidecar))
         config = from_peft(raw, sorted(target_names(at)), sidecar.get("start", ""))
     except ConfigError as error:
         raise FormatError(f"read {folder / CONFIG}", str(error)) from error
     lowrank, misfits = lowrank_updates(lows, at, config, raw)
     problems += misfits
+    if modules is not None and holds_biases(raw):
+        lowrank, config, misfits = with_biases(lowrank, config, parts.copies, modules)
+        problems += misfits
     if problems:
         raise _broken(folder, problems)
-    origin = _origin(raw, sidecar, metadata)
+    origin = origin_of(raw, sidecar, metadata)
     return Stored(Adapter(config, lowrank, parts.full, origin, rows.tokens), raw, parts.copies)
 
 
@@ -322,11 +349,14 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FormatError(f"read {path}", found) from error
 
 
-def _read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """onebase.json, {} where there is none; `metadata` is the tensor file's. Raises FormatError."""
     if not (folder / SIDECAR).is_file():
         return {}
     sidecar = _read_json(folder / SIDECAR)
-    odd = [name for name in ("base", "prompt", "training") if not isinstance(sidecar.get(name, {}), dict)]
+    odd = [
+        name for name in ("base", "prompt", "training", "head") if not isinstance(sidecar.get(name, {}), dict)
+    ]
     if not fits(dict[str, int], sidecar.get("tokens", {})):
         raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
     if not isinstance(sidecar.get("start", ""), str):
@@ -347,7 +377,8 @@ def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.float().isfinite().all()]
 
 
-def _origin(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mapping[str, str]) -> Origin:
+def origin_of(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mapping[str, str]) -> Origin:
+    """Where an adapter came from, by its three files."""
     return Origin(
         base=raw.get("base_model_name_or_path") or "",
         fingerprint=metadata.get("onebase.base_fingerprint", ""),
@@ -355,4 +386,5 @@ def _origin(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mappin
         prompt=sidecar.get("prompt", {}),
         training=sidecar.get("training", {}),
         tokens=sidecar.get("tokens", {}),
+        head=sidecar.get("head", {}),
     )

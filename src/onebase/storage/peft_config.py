@@ -15,7 +15,7 @@ from onebase.storage.peft_tokens import INDICES, index_problems, named_ids, to_p
 # PEFT settings that change the arithmetic and that onebase does not compute: any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "lora_only"),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
@@ -28,7 +28,7 @@ NO_TARGETS = "dummy-target-modules"  # PEFT's own word for it: it refuses an emp
 _HINTS = {
     "init_lora_weights": "PEFT changed the base for it: save it there with save_pretrained(..., "
     "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER'S START), which gives a plain LoRA",
-    "bias": "the base's own biases were trained: PEFT's merge_and_unload gives a whole model",
+    "bias": "the biases of modules without an update were trained too: PEFT's merge_and_unload gives a whole model",
 }
 # Settings of PEFT 0.21 that leave the arithmetic of a stored adapter alone, or are read below.
 _HARMLESS = frozenset(
@@ -111,6 +111,11 @@ def is_refused(key: str, value: Any) -> bool:
     if key in _NEUTRAL:
         return value not in _NEUTRAL[key]
     return key not in _HARMLESS and value not in (None, False, {}, [], "")
+
+
+def holds_biases(raw: Mapping[str, Any]) -> bool:
+    """Whether the file holds the trained biases of the targeted layers themselves, in place of the base's."""
+    return raw.get("bias") == "lora_only"
 
 
 def refusal_hint(settings: Sequence[str]) -> str:

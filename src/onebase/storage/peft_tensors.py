@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
 }
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
+_TRAINED_BIAS = ".base_layer.bias"  # bias="lora_only": the layer's own bias as training left it
 
 # PEFT wraps the module that owns a parameter, once for each of its parameters: the first one innermost, and each
 # wrapper adds this to the path of those inside. nn.MultiheadAttention's wrapper stands for its fused input
@@ -99,8 +101,11 @@ def widens(tensor: Tensor) -> bool:
     return tensor.dtype in _WIDENED
 
 
-def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> Parts:
-    """PEFT's flat names by what they belong to; `saved` names the modules that were trained in full."""
+def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...], biases: bool = False) -> Parts:
+    """PEFT's flat names by what they belong to; `saved` names the modules that were trained in full.
+
+    With `biases` the file holds the layers' own, which count as copies of base tensors (`with_biases`).
+    """
     lows: dict[str, dict[str, Tensor]] = defaultdict(dict)
     full: dict[str, dict[str, Tensor]] = defaultdict(dict)
     copies: dict[str, Tensor] = {}
@@ -120,6 +125,8 @@ def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> Parts
             full[path][name.removeprefix(path + ".")] = wide
         elif name.endswith(_BASE_COPY):
             copies[name.removesuffix(_BASE_COPY) + ".weight"] = tensor
+        elif biases and name.endswith(_TRAINED_BIAS):
+            copies[name.removesuffix(_TRAINED_BIAS) + ".bias"] = tensor
         elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")):
             copies[name] = tensor  # PEFT adds these whenever it suspects a resized vocabulary
         else:
@@ -128,10 +135,13 @@ def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> Parts
 
 
 def _saved_path(name: str, saved: tuple[str, ...]) -> str:
-    """The path of the fully trained module that a tensor belongs to, empty if none."""
+    """The path of the fully trained module that a tensor belongs to, empty if none.
+
+    By PEFT's rule for these, any end of a path will do: its `classifier` also means DistilBERT's `pre_classifier`.
+    """
     parts = name.split(".")
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((path for path in paths if any(name_matches(one, path) for one in saved)), "")
+    return next((path for path in paths if path.endswith(saved)), "")
 
 
 class Place(NamedTuple):
@@ -259,6 +269,35 @@ def lowrank_updates(
     if config.lora_bias and lowrank and all(low.bias is None for low in lowrank.values()):
         problems.append("the config says lora_bias, and no update has one")
     return lowrank, problems
+
+
+def with_biases(
+    lowrank: Mapping[str, LowRank],
+    config: LoraConfig,
+    copies: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+) -> tuple[dict[str, LowRank], LoraConfig, list[str]]:
+    """The updates with what training added to the base's own biases, and a sentence for each that has no place.
+
+    PEFT's bias="lora_only" stores whole biases; as an update of the base this is its lora_bias.
+    """
+    found, problems = dict(lowrank), list[str]()
+    biases = {name.removesuffix(".bias"): tensor for name, tensor in copies.items() if name.endswith(".bias")}
+    for path, bias in biases.items():
+        own, low = getattr(modules.get(path), "bias", None), lowrank.get(path)
+        if low is None or not isinstance(own, Tensor) or own.shape != bias.shape:
+            problems.append(
+                f"{path}.bias: a trained bias, and the base has none of {tuple(bias.shape)} there"
+            )
+        elif low.magnitude is not None:
+            problems.append(
+                f"{path}.bias: a trained bias beside DoRA's norms, which onebase does not compute"
+            )
+        else:
+            added = (bias.float() - own.detach().float().cpu()) / low.scale
+            found[path] = low._replace(bias=added if low.bias is None else low.bias + added)
+    moved = any(low.bias is not None for low in found.values())
+    return found, replace(config, lora_bias=True) if moved else config, problems
 
 
 def _shape_problem(low: LowRank, sides: Mapping[str, Tensor], rank: int) -> str:

@@ -10,11 +10,10 @@ from torch import Tensor
 from onebase.adapters.calibration import WATCHES, observed
 from onebase.adapters.variants import INITS
 from onebase.config import TrainConfig
-from onebase.data.pack import pad, step_rows, steps_per_epoch
+from onebase.data.pack import step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.models.base import Base
-from onebase.models.loss import loss_sum
-from onebase.models.scoring import loss_tokens
+from onebase.models.scoring import loss_tokens, whole_loss
 from onebase.training.prepare import Prepared
 
 BATCHES = 8  # 128 rows with the default batch size
@@ -36,7 +35,7 @@ def calibrate(base: Base, config: TrainConfig, ready: Prepared) -> dict[str, Ten
         nullcontext() if backward else torch.no_grad(),
     ):
         for row in rows:
-            loss = loss_sum(base.model, pad([row], base.pad_id))[0]
+            loss = whole_loss(base)([row])
             if backward:
                 (loss / max(loss_tokens(rows), 1)).backward()
     return seen

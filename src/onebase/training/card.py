@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from onebase.training.record import SHOWN_SAMPLES, RunRecord, Sample
-from onebase.training.report import changes, count, options, plain, size
+from onebase.training.report import changes, count, options, plain, size, wording
 
 TAGS = ["lora", "onebase"]
 # Options that say nothing about the adapter, only where and how the command ran.
@@ -35,7 +35,7 @@ def model_card(record: RunRecord) -> str:
         _gates(record),
         "## Results",
         _results(record),
-        *(_sample(sample) for sample in record.samples[:SHOWN_SAMPLES]),
+        *(_sample(sample, wording(record).before) for sample in record.samples[:SHOWN_SAMPLES]),
         "## Settings",
         _settings(record.settings),
         "## Base",
@@ -48,7 +48,7 @@ def _front_matter(record: RunRecord) -> str:
     facts = {
         "base_model": record.base.name,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if record.head else "text-generation",
         "tags": TAGS,
     }
     return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---"
@@ -68,13 +68,16 @@ def _summary(record: RunRecord) -> str:
 
 def _usage(record: RunRecord) -> str:
     folder, base = Path(record.adapter.path).resolve().name, record.base.name
-    shell = f"onebase generate --adapter {shlex.quote(folder)} --prompt '...'"
+    verb = "predict" if record.head else "generate"
+    shell = f"onebase {verb} --adapter {shlex.quote(folder)} --prompt '...'"
+    loader = "AutoModelForSequenceClassification" if record.head else "AutoModelForCausalLM"
+    more = "".join(f", {name}={value!r}" for name, value in record.head.items())
     python = (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {loader}, AutoTokenizer\n\n"
         f"base = {base!r}  # a hub name or a folder\n"
         "tokenizer = AutoTokenizer.from_pretrained(base)\n"
-        f"model = AutoModelForCausalLM.from_pretrained(base, dtype={record.base.dtype!r})\n"
+        f"model = {loader}.from_pretrained(base, dtype={record.base.dtype!r}{more})\n"
         f"model = PeftModel.from_pretrained(model, {folder!r})"
     )
     return f"With onebase:\n\n{_fenced(shell, 'sh')}\n\nWith PEFT:\n\n{_fenced(python, 'python')}"
@@ -86,21 +89,22 @@ def _gates(record: RunRecord) -> str:
 
 
 def _results(record: RunRecord) -> str:
+    words = wording(record)
     rows = [
         (f"{change.label} ({change.unit})" if change.unit else change.label, change.before, change.after)
-        for change in changes(record.before, record.after)
+        for change in changes(record.before, record.after, words)
     ]
     if not rows:
         return "No rows were held out."
     shown = [(label, count(before), count(after)) for label, before, after in rows]
-    return "On held-out rows:\n\n" + _table(("", "base", "with the adapter"), shown)
+    return "On held-out rows:\n\n" + _table(("", words.before, "with the adapter"), shown)
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample, before: str) -> str:
     texts = {
         "Prompt": sample.prompt,
         "Reference": sample.reference,
-        "Base": sample.before,
+        before.capitalize(): sample.before,
         "With the adapter": sample.after,
     }
     body = "\n\n".join(f"{label}:\n\n{_fenced(text)}" for label, text in texts.items())

@@ -197,9 +197,9 @@ def spread(score: Scorer, world: World) -> Scorer:
 
 
 def _idle(rows: Sequence[Encoded]) -> Encoded:
-    """A row without loss for a process that has no other: a sharded base needs all processes in every pass."""
+    """A row without targets for a process that has no other: a sharded base needs all processes in every pass."""
     row = min(rows, key=lambda row: len(row.ids))
-    return row._replace(loss=[False] * len(row.ids))
+    return row.without_targets()
 
 
 def shard(model: nn.Module, world: World) -> None:

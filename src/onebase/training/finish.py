@@ -20,6 +20,7 @@ from onebase.adapters.layers import base_modules
 from onebase.adapters.targets import CoverageRow
 from onebase.adapters.tokens import start_rows
 from onebase.config import Sampling, TrainConfig, flatten
+from onebase.data.labels import Head, reference
 from onebase.data.read import Example
 from onebase.data.template import render_prompt
 from onebase.device import machine, peak_memory
@@ -30,6 +31,7 @@ from onebase.models.base import Base
 from onebase.models.fingerprint import combined
 from onebase.models.generation import answers
 from onebase.models.scoring import choose, scorer
+from onebase.prediction import baseline, marks, outputs_of, predictions
 from onebase.storage.format import TENSORS, read_adapter, write_adapter
 from onebase.training import checkpoint
 from onebase.training.card import model_card
@@ -110,6 +112,7 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
             **{n: importlib.metadata.version(n) for n in LIBRARIES},
         },
         allowed=outcome.ready.allowed,
+        head=_peft_head(base),
     )
     if world.leads:
         _write_reports(folder, record)
@@ -135,7 +138,9 @@ def _chosen(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
     progress, reason = outcome.ended.progress, REASONS[outcome.ended.reason]
     best = progress.best_step if progress.best_step > 0 else progress.step
     if progress.best_step == 0:
-        reason += "; no evaluation was better than the plain base, so the last step's adapter is kept"
+        plain = "the untrained head" if base.head else "the plain base"
+        first = "the adapter that it started from" if outcome.ready.start else plain
+        reason += f"; no evaluation was better than {first}, so the last step's adapter is kept"
     elif best != progress.step:
         reason += f"; the adapter is that of step {best}, the best evaluation"
     adapter = with_kinds(base.model, read_adapter(checkpoint.folder_of(folder, best)))
@@ -145,16 +150,18 @@ def _chosen(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, str]:
         "rows": outcome.plan.rows,
         "loss": progress.best_loss if progress.best_step > 0 else None,
         "settings": _settings(outcome),
-    }
+    } | ({"start": dict(outcome.ready.start.facts)} if outcome.ready.start else {})
     return replace(adapter, origin=replace(adapter.origin, training=json_ready(facts))), reason
 
 
 def _compare(
     base: Base, adapter: Adapter, outcome: Outcome
 ) -> tuple[Score | None, Score | None, tuple[Sample, ...]]:
-    """Loss and answers on held-out rows, the plain base's and the adapter's."""
+    """Loss and answers on held-out rows, the plain base's (or a constant answer's) and the adapter's."""
     if not outcome.ready.data.valid_rows.rows:
         return None, None, ()
+    if base.head is not None:
+        return _compare_labels(base, base.head, adapter, outcome)
     # A pass through a sharded base needs all processes.
     answering = outcome.world.leads or outcome.config.shard_base
     count = outcome.config.samples if answering else 0
@@ -172,6 +179,43 @@ def _compare(
         for group, text, old, new in zip(groups, texts, plain, tuned, strict=True)
     ]
     return before, after, tuple(samples)
+
+
+def _compare_labels(
+    base: Base, head: Head, adapter: Adapter, outcome: Outcome
+) -> tuple[Score, Score, tuple[Sample, ...]]:
+    """How good the adapter's labels are, beside those of who says the same of every row."""
+    data, rows = outcome.ready.data, outcome.ready.data.valid_rows.rows
+    with injected(base.model, adapter, "finish"):
+        outputs = outputs_of(base, rows, outcome.config.optim.batch_size)
+    texts = {example.row: example for example in data.valid}
+    shown = list(zip(rows, predictions(head, outputs), strict=True))[: outcome.config.samples]
+    samples = [
+        Sample(_pair(texts[row.row]), reference(texts[row.row]), _said(head.constant), _said(given.label))
+        for row, given in shown
+    ]
+    before, after = (Score(**one._asdict()) for one in (baseline(head, rows), marks(head, outputs, rows)))
+    return before, after, tuple(samples)
+
+
+def _pair(example: Example) -> str:
+    return "\n".join(text for text in (example.text, example.text_pair) if text is not None)
+
+
+def _said(label: str | float) -> str:
+    return label if isinstance(label, str) else f"{label:.4g}"
+
+
+def _peft_head(base: Base) -> dict[str, Any]:
+    """What transformers must be told to build the model: outputs, their names, the padding that a decoder skips."""
+    if base.head is None:
+        return {}
+    names = {str(number): name for number, name in enumerate(base.head.labels)}
+    return (
+        {"num_labels": base.head.outputs}
+        | ({"id2label": names} if names else {})
+        | {"pad_token_id": base.pad_id}
+    )
 
 
 def _settings(outcome: Outcome) -> dict[str, Any]:

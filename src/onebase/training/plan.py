@@ -39,6 +39,7 @@ class Plan:
     way: str  # how rows are scored
     coverage: list[CoverageRow]
     token_rows: list[str]  # a line for each token whose rows are trained
+    labels: Mapping[str, float]  # as in data.preview.DataSummary
 
     @property
     def share(self) -> float:
@@ -62,12 +63,13 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         rows=len(rows),
         valid_rows=len(ready.data.valid_rows.rows),
         tokens=sum(len(row.ids) for row in rows),
-        loss_tokens=sum(sum(row.loss) for row in rows),
+        loss_tokens=sum(row.targets for row in rows),
         steps=total_steps(len(rows), config.optim),
         dtype=f"{base.dtype} ({base.dtype_reason})",
         way=ready.way.shown,
         coverage=ready.coverage.rows(),
         token_rows=ready.words.lines,
+        labels=ready.data.summary.labels,
     )
 
 
@@ -126,5 +128,5 @@ def _largest_batch(rows: list[Encoded], config: TrainConfig, packed: bool) -> tu
         for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step, groups):
             lengths = [len(rows[index].ids) for index in batch]
             tokens = sum(lengths) if packed else max(lengths) * len(lengths)
-            largest = max(largest, (tokens, sum(sum(rows[index].loss) for index in batch)))
+            largest = max(largest, (tokens, sum(rows[index].targets for index in batch)))
     return largest

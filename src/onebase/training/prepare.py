@@ -13,6 +13,7 @@ from onebase.adapters.targets import Coverage, match
 from onebase.adapters.variants import INITS, check_start
 from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
+from onebase.data.labels import Head, check_labels, describe_labels, learn_head
 from onebase.data.preview import DataSummary, summarise
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
@@ -21,6 +22,8 @@ from onebase.errors import BaseError, ConfigError
 from onebase.models.base import Base
 from onebase.models.scoring import Way, choose
 from onebase.models.vocabulary import Vocabulary, resolve_tokens
+from onebase.prediction import encode_rows
+from onebase.training.warmstart import WarmStart, warm_start
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Data:
     valid_rows: EncodedSet
     form: PromptFormat
     summary: DataSummary
+    head: Head | None = None  # what the labels call for
 
     @property
     def digest(self) -> str:
         """A digest of what the model is trained and scored on."""
         rows = [(row.ids, row.loss) for part in (self.train_rows, self.valid_rows) for row in part.rows]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+        labels = [row.label for part in (self.train_rows, self.valid_rows) for row in part.rows]
+        told = repr((rows, labels, self.head.as_dict()) if self.head else rows)
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Prepared:
     way: Way  # how rows are scored
     allowed: tuple[str, ...]  # gates that failed and were overridden
     words: Vocabulary  # the base with a tokenizer that knows the run's added tokens
+    start: WarmStart | None = None  # the adapter that the run goes on from
 
 
 def read_data(
@@ -60,12 +67,10 @@ def read_data(
     `trained` are the modules that the run trains in full, `tokens` the ids whose rows it trains: special tokens are
     learnt if the embedding is among the first, or they among the others.
     """
+    if config.task != "causal":
+        return _read_labelled(base, config, seed)
     tokenizer = tokenizer_of(base)
-    examples = read_examples(config.data, config)
-    if config.validation:
-        train, valid = examples, read_examples(config.validation, config)
-    else:
-        train, valid = split_examples(examples, config.holdout, bool(config.split_by), seed)
+    train, valid = _parts(config, seed)
     train_rows = encode(tokenizer, train, config, base.stop_ids, base.context)
     valid_rows = encode(tokenizer, valid, config, base.stop_ids, base.context)
     frozen = not any("embed" in name or "wte" in name for name in trained)
@@ -75,12 +80,45 @@ def read_data(
     return Data(train, valid, train_rows, valid_rows, form, summarise(train, train_rows, findings))
 
 
+def _parts(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """The rows to train on and those held out."""
+    examples = read_examples(config.data, config)
+    if config.validation:
+        return examples, read_examples(config.validation, config)
+    return split_examples(examples, config.holdout, bool(config.split_by), seed)
+
+
+def _read_labelled(base: Base, config: DataConfig, seed: int) -> Data:
+    """`read_data` of rows with labels. Raises DataError where these cannot be learnt."""
+    train, valid = _parts(config, seed)
+    head = learn_head(config.task, train)
+    train_rows, valid_rows = (encode_rows(base, part, head, config) for part in (train, valid))
+    findings = check_labels(head, train_rows)
+    summary = summarise(train, train_rows, findings, describe_labels(head, train_rows))
+    return Data(train, valid, train_rows, valid_rows, PromptFormat(), summary, head)
+
+
+def with_task(base: Base, config: TrainConfig, data: Data | None = None) -> tuple[Base, Data | None]:
+    """The base as the run's task needs it, with a head that is drawn for the labels, and the rows if they were read."""
+    if config.data.task == "causal":
+        return base, data
+    if config.shard_base:
+        raise ConfigError(
+            "options task and shard_base", "a head needs whole weights", hint="leave out --shard-base"
+        )
+    data = data or read_data(base, config.data, config.seed)
+    assert data.head is not None
+    return base.with_head(data.head, config.seed), data
+
+
 def tokenizer_of(base: Base) -> Any:
     """The base's tokenizer; an error where the base cannot be trained on text."""
     if base.kind != "causal":
-        raise BaseError(
-            f"train on {base.ref}", f"a base of kind {base.kind}; this needs a causal language model"
+        found = f"a base of kind {base.kind}; this needs a causal language model"
+        hint = (
+            "an encoder learns labels: --task classify, or --task regress" if base.kind == "encoder" else ""
         )
+        raise BaseError(f"train on {base.ref}", found, hint=hint)
     if base.tokenizer is None:
         raise BaseError(f"train on {base.ref}", "it has no tokenizer files")
     return base.tokenizer
@@ -95,18 +133,38 @@ def prepare(base: Base, config: TrainConfig, data: Data | None = None) -> Prepar
 
     `data`: what a run with the same options about rows and tokens and the same seed has read.
     """
-    lora, allowed = config.lora, config.data.allowed
-    coverage = match(base.model, lora)
+    allowed, saved = config.data.allowed, tuple(config.lora.modules_to_save)
+    lora = replace(config.lora, modules_to_save=(*saved, *(path for path in base.drawn if path not in saved)))
+    words = resolve_tokens(base, lora.trainable_tokens)  # pyright: ignore[reportArgumentType]
+    warm = warm_start(base, config, words)
+    coverage = warm.coverage if warm else match(base.model, lora)
     check_start(lora, coverage.targets, dict(base_modules(base.model)))
     _check_frozen(coverage, config.optim)
-    words = resolve_tokens(base, lora.trainable_tokens)  # pyright: ignore[reportArgumentType]
     _check_new_tokens(words, lora)
     data = data or read_data(words.base, config.data, config.seed, coverage.full, words.ids)
-    findings = [*data.summary.findings, *_uneven(coverage)]
+    _check_head(data.head, base, warm)
+    findings = [*data.summary.findings, *_uneven(coverage), *(warm.findings if warm else ())]
     overridden = enforce(findings, allowed)
     _check_sizes(data, lora)
-    way = _way(base, config, _probe(base, coverage, config, words), data)
-    return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words)
+    probe = warm.adapter if warm else _probe(base, coverage, config, words)
+    way = _way(base, config, probe, data)
+    return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words, warm)
+
+
+def _check_head(head: Head | None, base: Base, warm: WarmStart | None) -> None:
+    """Raise ConfigError where the adapter that the run goes on from has another head than the rows call for."""
+    if head is None or warm is None:
+        return
+    told = warm.adapter.origin.head
+    lacking = [path for path in base.drawn if path not in warm.adapter.full]
+    asked = f"options task={head.task} and start"
+    if lacking:
+        raise ConfigError(
+            asked, f"the adapter to go on from lacks {', '.join(lacking)}", hint="leave out --start"
+        )
+    if told and Head.from_dict(told).labels != head.labels:
+        found = f"the adapter's labels are {Head.from_dict(told).labels}, the rows' {head.labels}"
+        raise ConfigError(asked, found, hint="leave out --start")
 
 
 def _way(base: Base, config: TrainConfig, probe: Adapter, data: Data) -> Way:

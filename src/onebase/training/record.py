@@ -128,11 +128,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation on the held-out rows: mean loss a token (nats), perplexity, exact matches in [0, 1]."""
+    """One evaluation on the held-out rows: mean loss a target, and what the task has besides (report.MEASURES).
+
+    The loss is in nats, or a squared error where labels are numbers; exact matches and accuracy are in [0, 1].
+    """
 
     loss: float
-    perplexity: float
+    perplexity: float | None = None
     exact_match: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    pearson: float | None = None
+    r2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,9 @@ class Timing:
 class RunRecord:
     """Everything that the report and the model card say; `from_dict(r.as_dict()) == r`, also through JSON.
 
-    `before` and `after` are None where a run has no held-out rows; `way` says how rows were
-    scored; `allowed` names the overridden gates; `finished` says why training ended.
+    `before` and `after` are None where a run has no held-out rows; `way` says how rows were scored; `allowed` names the
+    overridden gates; `finished` says why training ended; `head` has what transformers must be told to build the model
+    with its head.
     """
 
     title: str
@@ -194,6 +202,7 @@ class RunRecord:
     machine: dict[str, Any] = field(default_factory=dict[str, Any])
     versions: dict[str, Any] = field(default_factory=dict[str, Any])
     allowed: tuple[str, ...] = ()
+    head: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists that `json.dumps` takes as they are."""

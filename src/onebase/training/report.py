@@ -49,7 +49,8 @@ def write_report(record: RunRecord, metrics: Sequence[Mapping[str, Any]], path: 
     environment.filters |= {"count": count, "size": size, "duration": duration, "plain": plain}
     page = environment.get_template(TEMPLATE).render(
         run=record,
-        changes=changes(record.before, record.after),
+        changes=changes(record.before, record.after, wording(record)),
+        before=wording(record).before,
         options=options(record.settings),
         gates=GATES,
         shown=SHOWN_SAMPLES,
@@ -68,16 +69,54 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return [Markup(as_svg(draw_curves(steps, evals, narrow), f"c{narrow:d}")) for narrow in (False, True)]
 
 
-def changes(before: Score | None, after: Score | None) -> list[Change]:
+class Wording(NamedTuple):
+    """How a task's results are told: its measures, the main one first, and what "before" is."""
+
+    measures: tuple[tuple[str, str, str, str], ...]  # field of Score, label, unit, better
+    before: str
+
+
+WORDINGS: dict[str, Wording] = {
+    "causal": Wording(
+        (
+            ("exact_match", "Exact match", "%", "up"),
+            ("loss", "Loss per token", "nats", "down"),
+            ("perplexity", "Perplexity", "", "down"),
+        ),
+        "base",
+    ),
+    "classify": Wording(
+        (
+            ("accuracy", "Accuracy", "%", "up"),
+            ("macro_f1", "Macro F1", "%", "up"),
+            ("loss", "Loss per row", "nats", "down"),
+        ),
+        "most frequent class",
+    ),
+    "regress": Wording(
+        (
+            ("loss", "Mean squared error", "", "down"),
+            ("r2", "R²", "", "up"),
+            ("pearson", "Correlation", "", "up"),
+        ),
+        "mean of the training rows",
+    ),
+}
+
+
+def wording(record: RunRecord) -> Wording:
+    """How the results of this run are told."""
+    return WORDINGS[record.settings.get("task", "causal")]
+
+
+def changes(before: Score | None, after: Score | None, words: Wording = WORDINGS["causal"]) -> list[Change]:
     """What training changed on the held-out rows, the task's own metric first; empty without such rows."""
-    if before is None or after is None:
-        return []
-    found = [
-        Change("Loss per token", before.loss, after.loss, "nats", "down"),
-        Change("Perplexity", before.perplexity, after.perplexity, "", "down"),
-    ]
-    if before.exact_match is not None and after.exact_match is not None:
-        found.insert(0, Change("Exact match", 100 * before.exact_match, 100 * after.exact_match, "%", "up"))
+    found: list[Change] = []
+    for field, label, unit, better in words.measures:
+        one, two = getattr(before, field, None), getattr(after, field, None)
+        if one is not None and two is not None:
+            scale = 100 if unit == "%" else 1
+            found.append(Change(label, scale * one, scale * two, unit, better))
     return found
 
 

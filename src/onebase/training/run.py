@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from onebase.adapters.adapter import Adapter, Origin
+from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
 from onebase.adapters.injection import adapter_for, eject, eval_mode, inject, trainable, use
 from onebase.config import TrainConfig, build, flatten
 from onebase.data.pack import prompt_groups
@@ -29,10 +29,11 @@ from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Due, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
-from onebase.training.prepare import Data, Prepared, prepare
+from onebase.training.prepare import Data, Prepared, prepare, with_task
 from onebase.training.record import MetricsFile, RunRecord
 from onebase.training.speed import Prediction
 from onebase.training.step import Given
+from onebase.training.warmstart import with_start
 
 OPTIONS, METRICS, LOCK = "train.yaml", "metrics.jsonl", ".lock"
 
@@ -50,7 +51,7 @@ RUN_FILES = (
     "README.md",
     "tensorboard",
 )
-TASKS = {"causal": "CAUSAL_LM"}
+TASKS = {"causal": "CAUSAL_LM", "classifier": HEAD_TASK}  # kind of the base -> PEFT's task_type
 
 # What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
 FREE = frozenset(
@@ -133,11 +134,11 @@ def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
 
     The prediction is None where the base is of a kind whose work cannot be counted.
     """
-    config = build(TrainConfig, options)
+    config = build(TrainConfig, with_start(options))
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
-    base = load_base(config.base, config.dtype)
-    ready = prepare(base, config)
+    base, data = with_task(load_base(config.base, config.dtype), config)
+    ready = prepare(base, config, data)
     plan = make_plan(base, config, ready)
     return plan, forecast(base, config, ready, plan)
 
@@ -145,7 +146,7 @@ def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
 def read_config(options: Mapping[str, Any]) -> TrainConfig:
     """The options as a config; with resume, the run folder's own options unless they are given again."""
     if not options.get("resume"):
-        config = build(TrainConfig, options)
+        config = build(TrainConfig, with_start(options))
     else:
         stored = _stored_options(Path(options.get("output") or "."))
         config = build(TrainConfig, {**stored, **options, "overwrite": options.get("overwrite", False)})
@@ -213,7 +214,7 @@ def _facts(base: Base, config: TrainConfig, ready: Prepared) -> dict[str, Any]:
         "base fingerprint": base.fingerprint,
         "data digest": ready.data.digest,
         "way": ready.way.name,
-    }
+    } | ({"start digest": ready.start.facts["digest"]} if ready.start else {})
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
@@ -258,6 +259,7 @@ class Job:
 
 def make_job(base: Base, config: TrainConfig, snapshot: Snapshot | None, data: Data | None = None) -> Job:
     """Check everything before the first step; `data` are the run's rows where they have been read already."""
+    base, data = with_task(base, config, data)
     ready = prepare(base, config, data)
     facts = _facts(base, config, ready)
     if snapshot:
@@ -298,14 +300,20 @@ def _to_its_end(driving: Generator[Due, Given | None, Finished]) -> Finished:
 
 
 def first_adapter(job: Job) -> Adapter:
-    """The checkpoint's adapter in a resumed run, else a fresh one."""
+    """The checkpoint's adapter in a resumed run, else the one that the run goes on from, or a fresh one."""
     if job.snapshot:
         return job.snapshot.adapter
-    task, form, words = TASKS.get(job.base.kind, ""), job.ready.data.form, job.ready.words
-    origin = Origin(job.base.name, job.base.fingerprint, task, form.as_dict(), tokens=words.new)
-    lora = replace(job.config.lora, trainable_tokens=words.names)
-    seen = calibrate(job.base, job.config, job.ready)
-    adapter = adapter_for(job.base.model, job.ready.coverage, lora, job.config.seed, origin, seen)
+    task, words = TASKS.get(job.base.kind, ""), job.ready.words
+    head = job.base.head
+    form = {} if head else job.ready.data.form.as_dict()
+    told = head.as_dict() if head else {}
+    origin = Origin(job.base.name, job.base.fingerprint, task, form, tokens=words.new, head=told)
+    if job.ready.start:
+        adapter = replace(job.ready.start.adapter, origin=origin)
+    else:
+        lora = replace(job.config.lora, trainable_tokens=words.names)
+        seen = calibrate(job.base, job.config, job.ready)
+        adapter = adapter_for(job.base.model, job.ready.coverage, lora, job.config.seed, origin, seen)
     job.world.copy_first(adapter.tensors().values())
     return adapter
 

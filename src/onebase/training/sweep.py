@@ -120,7 +120,8 @@ def sweep(
     ended: dict[str, Run | OnebaseError] = {}
     for group in groups:
         if not stop():
-            ended |= _train_group(base, group, listener, stop)
+            # A head is drawn for each run: one that has such a base trains alone.
+            ended |= _train_group(group[0].base, group, listener, stop)
     results = sorted((_swept(point, job, ended) for point, job in zip(points, jobs, strict=True)), key=_rank)
     rows = [_row(one) for one in results]
     write_text(Path(options["output"]).expanduser() / RESULTS, json.dumps(json_ready(rows), indent=2) + "\n")

@@ -99,7 +99,7 @@ def load_of(rows: Sequence[Encoded], share: bool) -> Load:
 def padded_load(rows: Sequence[Encoded]) -> Load:
     """The load of these rows as a padded batch: each is as long as the longest, and attention computes all pairs."""
     width = max(len(row.ids) for row in rows)
-    losses = sum(sum(row.loss[1:]) for row in rows)
+    losses = sum(row.targets for row in rows)
     return Load(width * len(rows), losses, width * width * len(rows))
 
 

@@ -23,6 +23,8 @@ from onebase.errors import BaseMismatch, ConfigError
 from onebase.options import require
 from onebase.transforms.combining import METHODS, Part, cat, weighted_sum
 
+HEAD_COUNTS = ("rows", "mean")  # what a head's description has from its own training rows
+
 
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe, allow_base_mismatch: bool = False
@@ -233,6 +235,9 @@ def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> No
     tasks = {origin.task for origin in origins if origin.task}
     if len(tasks) > 1:
         raise ConfigError("the adapters are for different tasks", ", ".join(sorted(tasks)))
+    heads = [{key: value for key, value in o.head.items() if key not in HEAD_COUNTS} for o in origins if o.head]
+    if any(head != heads[0] for head in heads):
+        raise ConfigError("the adapters' heads have different labels", _some([str(head) for head in heads]))
 
 
 def _differ(a: Origin, b: Origin) -> bool:
@@ -338,6 +343,7 @@ def _origin(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recip
         task=next((origin.task for origin in origins if origin.task), ""),
         prompt=next((origin.prompt for origin in origins if origin.prompt), {}),
         tokens={text: number for origin in origins for text, number in origin.tokens.items()},
+        head=next((origin.head for origin in origins if origin.head), {}),
         training={
             "combined": [dict(origin.training) for origin in origins],
             "weights": list(weights),

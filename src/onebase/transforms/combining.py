@@ -125,8 +125,12 @@ def _on_updates(thin: Thin, merge: Merge) -> Callable[[Sequence[Part], Recipe], 
     """Combine the full updates s·B·A, (o, i) each, and keep the best fit of rank `recipe.rank`."""
 
     def run(parts: Sequence[Part], recipe: Recipe) -> Factors:
-        full = [part.low.scale * (part.low.B.double() @ part.low.A.double()) for part in parts]
-        thinned = [thin(update, recipe, part.name) for update, part in zip(full, parts, strict=True)]
+        if merge is weighted_sum and recipe.density == 1:  # nothing is dropped: the factors alone will do
+            return _svd(parts, recipe)
+        thinned = [  # one full update at a time, until it is thinned
+            thin(part.low.scale * (part.low.B.double() @ part.low.A.double()), recipe, part.name)
+            for part in parts
+        ]
         merged = merge(thinned, [part.weight for part in parts], recipe)
         return best_fit(merged, recipe.rank, sum(part.low.rank for part in parts))
 

@@ -17,7 +17,7 @@ from onebase.adapters.injection import MERGED, adapter_names, fit_problems, with
 from onebase.adapters.kinds import find_site, merged_weight
 from onebase.adapters.layers import base_modules
 from onebase.adapters.tokens import growth_problems, token_places
-from onebase.errors import AdapterNameError, BaseMismatch
+from onebase.errors import AdapterNameError, BaseError, BaseMismatch
 from onebase.storage.shards import TensorInfo
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -87,6 +87,15 @@ class Skeleton:
     unties: bool  # whether tie_word_embeddings=false makes the model untie them
     fingerprint: str
     fusions: tuple[Fusion, ...] = ()  # for the parameters that are loaded otherwise
+
+    def for_adapter(self, adapter: Adapter) -> Skeleton:
+        """The skeleton itself. Raises BaseError for an adapter whose head the model folder has no place for."""
+        lacking = set(adapter.full) - {path for path, _ in base_modules(self.model)}
+        if lacking:
+            found = f"{', '.join(sorted(lacking))} belongs to its head, and the base's files hold none"
+            hint = "use base and adapter as they are: onebase predict, or PEFT's merge_and_unload"
+            raise BaseError(f"merge into {self.folder}", found, hint=hint)
+        return self
 
 
 class Part(NamedTuple):
@@ -219,6 +228,11 @@ def _owner(name: str, base: Skeleton, groups: Sequence[Sequence[str]]) -> str:
     """The stored tensor that a parameter is loaded from: its own, or that of one it is tied to; else empty."""
     group = next((group for group in groups if name in group), ())
     return next((base.stored[one] for one in (name, *group) if one in base.stored), "")
+
+
+def stored_name(base: Skeleton, name: str) -> str:
+    """The stored tensor that a parameter is loaded from as it stands, its own or a tied one's; empty if none is."""
+    return _owner(name, base, _tied_groups(base))
 
 
 def _stored_problem(name: str, info: TensorInfo | None, shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from onebase.errors import BaseMismatch, ConfigError
 from onebase.ops.lowrank import update
 from onebase.storage.format import read_adapter, save_adapter
 from onebase.transforms.arithmetic import combine, compress, deviations, negate, norms
-from onebase.transforms.combining import METHODS, best_fit
+from onebase.transforms.combining import METHODS, Part, best_fit
 
 PRUNED = {"density": 0.5, "seed": 3}
 
@@ -186,3 +186,19 @@ def test_best_fits_of_odd_matrices(matrix):
     a, b = best_fit(matrix.double(), 3)
     s = torch.linalg.svdvals(matrix.double())
     assert float((matrix - b @ a).norm()) == pytest.approx(float(s[3:].norm()), abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dare_linear_svd", "magnitude_prune_svd"])
+def test_where_nothing_is_dropped_the_sum_is_fitted_from_the_factors(method):
+    """The same answer as from the full updates, to rounding."""
+    parts = [Part(_low(seed), weight, f"{seed}:q") for seed, weight in ((0, 0.7), (1, -0.4))]
+    recipe = Recipe(method, rank=3)
+    full = sum(part.strength * (part.low.B.double() @ part.low.A.double()) for part in parts)
+    a, b = METHODS[method].run(parts, recipe)
+    wanted_a, wanted_b = best_fit(full, 3)
+    torch.testing.assert_close(b @ a, wanted_b @ wanted_a)
+
+
+def _low(seed: int) -> LowRank:
+    draw = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(2, 12, generator=draw), torch.randn(20, 2, generator=draw), 1.5)
