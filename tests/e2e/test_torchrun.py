@@ -144,7 +144,7 @@ def test_a_killed_process_ends_the_others_and_one_process_can_go_on(world):
         }:  # step, learning rate, tokens: the place in data and schedule
             assert one[name] == other[name]
         # Rounding grows as training goes on.
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5 if one["step"] <= 20 else 1e-2)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4 if one["step"] <= 20 else 1e-2)
 
 
 @pytest.mark.parametrize(

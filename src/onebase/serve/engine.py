@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from onebase.serve.scheduler import Chunk, Job, Scheduler
 from onebase.serve.text import TextStream
 from onebase.transforms.arithmetic import combine
 from onebase.transforms.combining import Recipe
+
+TOKENIZERS = 8  # copies with an adapter's own tokens that are kept
 
 
 @dataclass(eq=False)
@@ -60,6 +63,7 @@ class Engine:
         self._fallback = Fallback(base.model, pool.model_lock)
         self._scheduler = Scheduler(self.limits.slots, self.limits.queue, self.limits.prefill_chunk)
         self._all: dict[str, _Sequence] = {}
+        self._words = lru_cache(TOKENIZERS)(self._extended)
         self._cancelled: list[str] = []
         self._counts = Counter[str]()
         self._done = Counter[str]()
@@ -134,8 +138,11 @@ class Engine:
     def _decoder(self, added: dict[str, int]) -> Any:
         if self.base.tokenizer is None:
             return lambda ids: ""
-        words: Any = extended(self.base.tokenizer, added) if added else self.base.tokenizer
+        words = self._words(tuple(sorted(added.items())))
         return lambda ids: words.decode(ids, skip_special_tokens=True) if ids else ""
+
+    def _extended(self, added: tuple[tuple[str, int], ...]) -> Any:
+        return extended(self.base.tokenizer, dict(added)) if added else self.base.tokenizer
 
     def cancel(self, request: str) -> None:
         """End a request; its slot is free at once. The next step tells it. Nothing where it is over already."""
