@@ -31,8 +31,8 @@ from benchmarks.soak.churn import CHANGING, CONTENTS, TENSORS, VISITOR, Churn, b
 from benchmarks.soak.site import Site, digests
 from benchmarks.soak.traffic import Ledger, Name, Soak
 from onebase.models.base import Base, load_base
-from onebase.serve.service import base_name
 from onebase.storage.format import save_adapter
+from onebase.web.service import base_name
 
 BASE = "smollm2-135m"
 MIXTURE = "mixture"

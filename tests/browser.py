@@ -14,10 +14,10 @@ from pathlib import Path
 
 import uvicorn
 
-from onebase.serve.http import create_app
 from onebase.serve.request import Limits
-from onebase.serve.server import bound, open_service
-from onebase.serve.settings import Settings
+from onebase.web.http import create_app
+from onebase.web.server import bound, open_service
+from onebase.web.settings import Settings
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60  # that the browser may take for an answer

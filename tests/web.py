@@ -14,9 +14,9 @@ from adapters import trained
 from onebase.config import LoraConfig
 from onebase.serve import engine
 from onebase.serve.request import Limits
-from onebase.serve.server import Server, bound, open_service
-from onebase.serve.settings import Settings
 from onebase.storage.format import save_adapter
+from onebase.web.server import Server, bound, open_service
+from onebase.web.settings import Settings
 from serving import alone
 from texts import text_base
 

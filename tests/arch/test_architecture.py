@@ -44,8 +44,8 @@ ORDER = """
     serve.request  serve.scheduler  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights  serve.native
     serve.runner
     serve.fallback  serve.proof  serve.engine  serve.worker
-    serve.settings  serve.problems  serve.protocol  serve.prompts  serve.metrics  serve.answering  serve.shapes
-    serve.guard  serve.service  serve.http  serve.server  serve.ray_app
+    web.settings  web.problems  web.protocol  web.prompts  web.metrics  web.answering  web.shapes
+    web.guard  web.service  web.http  web.server  web.ray_app
     demo  demo.make_data
     cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.sweep  cli.preview  cli.predict  cli.generate
     cli.chat  cli.evaluate  cli.inspect  cli.demo  cli.merge  cli.combine  cli.extract  cli.export  cli.pictures
@@ -53,7 +53,10 @@ ORDER = """
     __main__
 """.split()
 
-STRANGERS = [("training", "serve"), ("serve", "training")]  # packages that never import each other
+# A package and one that it never imports.
+STRANGERS = [
+    tuple(pair.split()) for pair in ("training serve", "serve training", "training web", "web training")
+]
 
 # Foreign package -> where alone it may be imported; nowhere for an empty tuple.
 HOMES = {
@@ -62,10 +65,10 @@ HOMES = {
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
     "gguf": ("models.gguf_adapter",),
-    "fastapi": ("serve.http",),
-    "starlette": ("serve.http", "serve.guard", "serve.ray_app"),
-    "uvicorn": ("serve.server",),
-    "prometheus_client": ("serve.metrics",),
+    "fastapi": ("web.http",),
+    "starlette": ("web.http", "web.guard", "web.ray_app"),
+    "uvicorn": ("web.server",),
+    "prometheus_client": ("web.metrics",),
     "peft": (),
     "trl": (),
     "pickle": (),
@@ -85,7 +88,7 @@ NAMED_IMPORTS = {
     "cli.main": "a command loads its module when it runs",
     "cli.bench": "PEFT, if it is installed: to be compared with, never to be relied on",
     "cli.serve": "what answers HTTP is an extra; without it the command says how to install it",
-    "serve.ray_app": "Ray is an extra, and needed only to build the application",
+    "web.ray_app": "Ray is an extra, and needed only to build the application",
     "training.loggers": "optional packages, chosen by name",
 }
 
@@ -142,18 +145,7 @@ def modules() -> dict[str, Module]:
 
 
 MODULES = modules()
-PACKAGES = {
-    "ops",
-    "adapters",
-    "storage",
-    "transforms",
-    "data",
-    "diagnosis",
-    "models",
-    "training",
-    "serve",
-    "cli",
-}
+PACKAGES = set("ops adapters storage transforms data diagnosis models training serve web cli".split())
 FACADES = {"__init__", *PACKAGES} & MODULES.keys()
 
 

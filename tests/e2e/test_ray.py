@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from onebase.models.base import load_base
-from onebase.serve.prompts import Prompts
-from onebase.serve.ray_app import application
+from onebase.web.prompts import Prompts
+from onebase.web.ray_app import application
 from serving import Request, adapter_folder, make_engine
 from texts import save_base
 

@@ -10,7 +10,7 @@ from onebase.errors import ConfigError
 from onebase.grid import swept_options
 from onebase.options import assign, names, opt, require
 from onebase.serve.request import Limits
-from onebase.serve.settings import KEY_VARIABLE, Settings
+from onebase.web.settings import KEY_VARIABLE, Settings
 
 
 @dataclass(frozen=True)

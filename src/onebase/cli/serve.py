@@ -13,7 +13,7 @@ from onebase.config import build
 from onebase.errors import OnebaseError
 from onebase.models.base import load_base
 from onebase.serve.request import Limits
-from onebase.serve.settings import KEY_VARIABLE, Settings
+from onebase.web.settings import KEY_VARIABLE, Settings
 
 EXTRA = ("fastapi", "prometheus_client", "uvicorn")
 
@@ -41,7 +41,7 @@ def run(options: dict[str, Any]) -> int:
         queue=config.queue,
     )
     _require_extra()
-    server = importlib.import_module("onebase.serve.server")
+    server = importlib.import_module("onebase.web.server")
     adapters = Path(config.adapters).expanduser() if config.adapters else None
     with server.bound(settings) as listener:  # before the base: a port that is taken shows at once
         base = load_base(config.base, config.dtype)

@@ -235,7 +235,9 @@ def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> No
     tasks = {origin.task for origin in origins if origin.task}
     if len(tasks) > 1:
         raise ConfigError("the adapters are for different tasks", ", ".join(sorted(tasks)))
-    heads = [{key: value for key, value in o.head.items() if key not in HEAD_COUNTS} for o in origins if o.head]
+    heads = [
+        {key: value for key, value in o.head.items() if key not in HEAD_COUNTS} for o in origins if o.head
+    ]
     if any(head != heads[0] for head in heads):
         raise ConfigError("the adapters' heads have different labels", _some([str(head) for head in heads]))
 

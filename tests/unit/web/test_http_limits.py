@@ -10,8 +10,8 @@ import pytest
 
 from onebase.errors import ConfigError
 from onebase.serve.request import Limits
-from onebase.serve.server import bound, open_service
-from onebase.serve.settings import Settings, is_loopback
+from onebase.web.server import bound, open_service
+from onebase.web.settings import Settings, is_loopback
 from web import WAIT, events_of, running
 
 LONG = {"model": "plain", "prompt": "Ada", "max_tokens": 120, "temperature": 0}

@@ -9,8 +9,8 @@ from typing import Any
 
 from starlette.requests import Request
 
-from onebase.serve.problems import Problem, problem_at
-from onebase.serve.settings import Settings, is_loopback
+from onebase.web.problems import Problem, problem_at
+from onebase.web.settings import Settings, is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

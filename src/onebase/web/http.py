@@ -20,14 +20,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from onebase.errors import OnebaseError
-from onebase.serve.answering import Answering
-from onebase.serve.guard import Guard
-from onebase.serve.problems import Problem, problem_at, problem_of
-from onebase.serve.protocol import Asked, ChatBody, CompletionBody, LoadBody, UnloadBody, explain
 from onebase.serve.request import Event
 from onebase.serve.request import Request as Asking
-from onebase.serve.service import Service, Speaker
-from onebase.serve.shapes import DONE, Chat, Completion, Envelope, Shape, Text, Usage, sse, word
+from onebase.web.answering import Answering
+from onebase.web.guard import Guard
+from onebase.web.problems import Problem, problem_at, problem_of
+from onebase.web.protocol import Asked, ChatBody, CompletionBody, LoadBody, UnloadBody, explain
+from onebase.web.service import Service, Speaker
+from onebase.web.shapes import DONE, Chat, Completion, Envelope, Shape, Text, Usage, sse, word
 
 PAGE = "page.html"
 POLICY = (  # the page's own style and script alone; nothing from elsewhere, nothing to elsewhere, in nobody's frame

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from onebase.serve.metrics import Metrics, Watch
 from onebase.serve.request import Event, Request
 from onebase.serve.worker import Worker
+from onebase.web.metrics import Metrics, Watch
 
 
 class Part(NamedTuple):

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from onebase.errors import MissingFile, OnebaseError, nearest
-from onebase.serve.metrics import MIXTURE, Metrics, Snapshot
 from onebase.serve.pool import Registered
-from onebase.serve.problems import Problem
-from onebase.serve.prompts import Prompts
-from onebase.serve.protocol import Chosen, LoadBody, UnloadBody
 from onebase.serve.request import UnknownAdapter
-from onebase.serve.settings import Settings
 from onebase.serve.worker import ShuttingDown, Worker
 from onebase.storage.format import CONFIG
+from onebase.web.metrics import MIXTURE, Metrics, Snapshot
+from onebase.web.problems import Problem
+from onebase.web.prompts import Prompts
+from onebase.web.protocol import Chosen, LoadBody, UnloadBody
+from onebase.web.settings import Settings
 
 TRAINING = ("steps", "tokens", "rows", "loss")  # as `onebase inspect` shows
 logger = logging.getLogger("onebase")

@@ -1,6 +1,6 @@
 """A Ray Serve application: replicas of the server behind one address, each request where its adapter is.
 
-    serve run onebase.serve.ray_app:application base=smollm2-135m adapters=./adapters replicas=2
+    serve run onebase.web.ray_app:application base=smollm2-135m adapters=./adapters replicas=2
 
 Ray starts and watches the replicas and spreads the requests; what answers them is the same HTTP application as in
 `onebase serve`. Ray's name for the rest is model multiplexing: a request for an adapter goes to a replica that has
@@ -22,10 +22,10 @@ from starlette.responses import StreamingResponse
 from onebase.config import build
 from onebase.models.base import load_base
 from onebase.options import opt, require
-from onebase.serve.http import create_app
 from onebase.serve.request import Limits
-from onebase.serve.server import open_service
-from onebase.serve.settings import Settings
+from onebase.web.http import create_app
+from onebase.web.server import open_service
+from onebase.web.settings import Settings
 
 WARM = 64  # adapters of a replica that Ray remembers; how many are in memory, the engine decides
 AHEAD = 2  # requests that a replica may have, for each of its slots: those that run, and as many that wait

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase.serve.metrics import MOST_LABELS, OTHERS, Metrics, Snapshot
 from onebase.serve.request import Stats
+from onebase.web.metrics import MOST_LABELS, OTHERS, Metrics, Snapshot
 from web import bare, greedy, running, speaking_folder
 
 NASTY = "<script>alert(1)</script>"

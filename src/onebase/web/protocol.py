@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from onebase.errors import nearest
-from onebase.serve.problems import Problem
 from onebase.serve.request import MOST_LOGPROBS, Request
+from onebase.web.problems import Problem
 
 MOST_MIXED = 8  # adapters in a mixture
 MOST_PROMPTS = 128  # prompts of one request

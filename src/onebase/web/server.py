@@ -15,13 +15,13 @@ import uvicorn
 from onebase.errors import ConfigError
 from onebase.models.base import Base
 from onebase.serve.engine import Engine
-from onebase.serve.http import create_app
 from onebase.serve.pool import AdapterPool
 from onebase.serve.proof import AUTO
 from onebase.serve.request import Limits
-from onebase.serve.service import Service
-from onebase.serve.settings import Settings
 from onebase.serve.worker import Worker
+from onebase.web.http import create_app
+from onebase.web.service import Service
+from onebase.web.settings import Settings
 
 LAST_SECONDS = 10.0  # for the engine's thread, once nobody waits for an answer
 logger = logging.getLogger("onebase")

@@ -1,0 +1,1 @@
+"""The server: OpenAI's API, metrics and a page over the engine of serve/."""
