@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,9 @@ class AdapterPool:
         self._drop_stale()
 
     def _refuse(self, name: str, stamp: Stamp, reason: str) -> None:
+        reason = reason.replace(
+            f"{self._folder}{os.sep}", ""
+        )  # clients read it: where the folder lies is not theirs
         with self._lock:
             self._known.pop(name, None)
             self._refused[name] = stamp, reason

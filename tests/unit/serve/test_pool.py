@@ -39,6 +39,7 @@ def test_a_folder_is_searched_and_the_broken_are_refused_with_the_reason(base, t
     assert pool.names() == ["a0", "a1"]
     assert [*pool.refused()] == ["cut"]
     assert "cut short" in pool.refused()["cut"]
+    assert str(pool.folder) not in pool.refused()["cut"]
     with pytest.raises(UnknownAdapter, match=r"refused.*cut short"):
         pool.find("cut")
     with pytest.raises(UnknownAdapter, match="a0"):
