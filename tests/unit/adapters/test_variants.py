@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -140,13 +140,16 @@ def test_laws_2_3_5_while_it_learns(init, dora, tmp_path):
     rslora=st.booleans(),
     init=st.sampled_from(list(INITS)),
 )
+@example(rank=522, alpha=23623.0, rslora=True, init="pissa")
 def test_the_scale_is_the_same_when_it_is_read_back(rank, alpha, rslora, init):
     """A reader computes it from the stored rank and alpha; the start used the very same number."""
     config = LoraConfig(rank=rank, alpha=alpha, rslora=rslora, init=init)
     stored = stored_config(config)
     assert start_scale(rank, alpha, config) == scaling(stored.rank, stored.alpha, rslora)
     wanted = scaling(rank, alpha, rslora)
-    assert math.isclose(start_scale(rank, alpha, config), wanted, rel_tol=4e-16)
+    assert math.isclose(
+        start_scale(rank, alpha, config), wanted, rel_tol=6 * 2**-53
+    )  # six roundings in the two
     assert rslora or start_scale(rank, alpha, config) == wanted  # alpha/r: doubling is exact
     assert stored.rank == (2 * rank if init in HELD else rank)
 
