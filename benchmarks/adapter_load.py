@@ -7,16 +7,18 @@ The gate: the last one loaded answers as PEFT does.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from benchmarks.common import Gate, Result, alternate, checked, conclude, medians, parser
+from benchmarks.common import Gate, alternate, checked, conclude, medians, parser
 from benchmarks.serving import (
     Sides,
+    begin,
+    compared,
     keep_tokens,
     of_generate,
     of_onebase,
@@ -44,10 +46,6 @@ def milliseconds(work: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def middle(times: list[float]) -> float:
-    return sorted(times)[len(times) // 2]
-
-
 def ours(given: argparse.Namespace) -> dict[str, float]:
     base = load_base(given.base, "float32")
     folder, asked = Path(given.folder) / "adapters", prompts(base, given.data, 1)
@@ -69,9 +67,9 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
     return {
         "1st": times[0],
         "2nd": times[1],
-        "16th": middle(times[WITH_PEFT - AROUND : WITH_PEFT]),
-        "500th": middle(times[-AROUND:]),
-        "switch": middle(switches),
+        "16th": median(times[WITH_PEFT - AROUND : WITH_PEFT]),
+        "500th": median(times[-AROUND:]),
+        "switch": median(switches),
     }
 
 
@@ -93,7 +91,7 @@ def peer(given: argparse.Namespace) -> dict[str, float]:
     with torch.inference_mode():
         said = of_generate(model, asked, given.tokens)
     keep_tokens(given.folder, "peer", {"last": said.tokens})
-    return {"1st": found["1"], "16th": found[str(WITH_PEFT)], "switch": middle(switches)}
+    return {"1st": found["1"], "16th": found[str(WITH_PEFT)], "switch": median(switches)}
 
 
 def main(given: argparse.Namespace) -> None:
@@ -105,7 +103,7 @@ def main(given: argparse.Namespace) -> None:
         sides.close()
     gate = checked("adapter_load", Gate(f"greedy tokens of {count:.0f} that are not PEFT's", wrong, 0))
     mine, theirs = medians(runs["ours"]), medians(runs["peer"])
-    compared = {
+    pairs = {
         "milliseconds: the 1st": (mine["1st"], ALLOWED),
         "milliseconds: the 500th": (mine["500th"], ALLOWED),
         "500th: 1st": (mine["500th"], mine["1st"]),
@@ -114,21 +112,10 @@ def main(given: argparse.Namespace) -> None:
         "16th: PEFT's": (mine["16th"], theirs["16th"]),
         "switch: PEFT's": (mine["switch"], theirs["switch"]),
     }
-    result = Result(
-        "adapter_load",
-        {name: one for name, (one, _) in compared.items()},
-        {name: other for name, (_, other) in compared.items()},
-        dict.fromkeys(compared, "ms"),
-        TARGETS,
-        gate,
-        given.runs,
-    )
+    result = compared("adapter_load", pairs, "ms", target=TARGETS, gate=gate, runs=given.runs)
     conclude(f"adding an adapter from disk (at most {ALLOWED:g} ms), and switching", result)
 
 
 if __name__ == "__main__":
     arguments = options(parser(__doc__, 3), 16).parse_args()
-    if arguments.side:
-        print(json.dumps({"ours": ours, "peer": peer}[arguments.side](arguments)))
-    else:
-        main(arguments)
+    begin(arguments, main, {"ours": ours, "peer": peer})

@@ -7,7 +7,6 @@ were packed without loss. Fewer bits are measured beside it, with what they cost
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from benchmarks.common import Gate, Result, alternate, checked, conclude, median
 from benchmarks.serving import (
     SLOTS,
     Sides,
+    begin,
     keep_tokens,
     new_engine,
     of_generate,
@@ -35,7 +35,7 @@ EXACT, FEWER_BITS = ("native", "packed"), ("int8", "int4")
 BATCHES, ADAPTERS = (1, SLOTS), ("base", "adapter")
 TARGETS = {"batch 1, adapter: transformers' base": 2.0}
 HELD_OUT = 32  # rows
-WAYS = ("native", "packed", *FEWER_BITS)
+WAYS = (*EXACT, *FEWER_BITS)
 
 
 def case_name(batch: int, adapter: str) -> str:
@@ -164,7 +164,4 @@ def main(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     ALL = {"ours": ours, "peer": peer, "cost": cost}
     arguments = options(parser(__doc__, 3, tuple(ALL)), 48).parse_args()
-    if arguments.side:
-        print(json.dumps(ALL[arguments.side](arguments)))
-    else:
-        main(arguments)
+    begin(arguments, main, ALL)

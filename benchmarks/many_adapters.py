@@ -6,7 +6,6 @@ Both are ours. The gate: a few of the answers are those of PEFT with that adapte
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from benchmarks.common import Gate, Result, alternate, checked, conclude, median
 from benchmarks.serving import (
     SLOTS,
     Sides,
+    begin,
     keep_tokens,
     of_generate,
     options,
@@ -121,7 +121,4 @@ if __name__ == "__main__":
         "peft": peft,
     }
     arguments = options(parser(__doc__, 2, tuple(ALL)), 32).parse_args()
-    if arguments.side:
-        print(json.dumps(ALL[arguments.side](arguments)))
-    else:
-        main(arguments)
+    begin(arguments, main, ALL)

@@ -6,16 +6,16 @@ Greedy, float32, tokens a second after everybody's first one. The gate: every ad
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from statistics import median
 
 import torch
 
-from benchmarks.common import Gate, Result, alternate, checked, conclude, parser
+from benchmarks.common import Gate, alternate, checked, conclude, medians, parser
 from benchmarks.serving import (
     SLOTS,
     Sides,
+    begin,
+    compared,
     keep_tokens,
     new_engine,
     of_generate,
@@ -29,6 +29,7 @@ from onebase.models.base import load_base
 
 NAMES = [f"a{number}" for number in range(SLOTS)]
 TARGETS = {"16 adapters: PEFT's mixed batch": 6.0, "16 adapters: our base": 0.8, "base: transformers": 1.6}
+OURS = {"native": "ours", "packed": "packed"}  # how the weights are held -> whose tokens the gate reads
 PACKED = "16 adapters, packed: PEFT's mixed batch"
 
 
@@ -36,16 +37,16 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
     base = load_base(given.base, "float32")
     asked = prompts(base, given.data, SLOTS)
     longest = max(map(len, asked)) + given.tokens + 1
-    found, said = {}, {}
-    for weights in ("native", "packed"):
+    found: dict[str, float] = {}
+    for weights, side in OURS.items():
+        said = {}
         engine = new_engine(base, Path(given.folder) / "adapters", weights, longest)
         of_onebase(engine, asked, NAMES, 4)  # warm
         cases = {"adapters": NAMES, "base": [None] * SLOTS}
         for case, names in cases.items():
             done = of_onebase(engine, asked, names, given.tokens)
-            found[f"{case} {weights}"], said[f"{case} {weights}"] = done.per_second, done.tokens
-    keep_tokens(given.folder, "ours", {case.removesuffix(" native"): rows for case, rows in said.items()})
-    keep_tokens(given.folder, "packed", {case.removesuffix(" packed"): rows for case, rows in said.items()})
+            found[f"{case} {weights}"], said[case] = done.per_second, done.tokens
+        keep_tokens(given.folder, side, said)
     return found
 
 
@@ -73,10 +74,8 @@ def main(given: argparse.Namespace) -> None:
     finally:
         sides.close()
     passed = checked("mixed_decode", *gates)
-    mine, theirs = (
-        {name: median(run[name] for run in runs[side]) for name in runs[side][0]} for side in ("ours", "peer")
-    )
-    compared = {
+    mine, theirs = medians(runs["ours"]), medians(runs["peer"])
+    pairs = {
         "16 adapters: PEFT's mixed batch": (mine["adapters native"], theirs["adapters"]),
         "16 adapters: our base": (mine["adapters native"], mine["base native"]),
         "base: transformers": (mine["base native"], theirs["base"]),
@@ -84,22 +83,12 @@ def main(given: argparse.Namespace) -> None:
         "16 adapters, packed: our base": (mine["adapters packed"], mine["base packed"]),
         "base, packed: transformers": (mine["base packed"], theirs["base"]),
     }
-    result = Result(
-        "mixed_decode",
-        {name: one for name, (one, _) in compared.items()},
-        {name: other for name, (_, other) in compared.items()},
-        dict.fromkeys(compared, "tokens/s"),
-        TARGETS,
-        passed,
-        given.runs,
-        more=True,
+    result = compared(
+        "mixed_decode", pairs, "tokens/s", target=TARGETS, gate=passed, runs=given.runs, more=True
     )
     conclude("16 requests at once, float32", result)
 
 
 if __name__ == "__main__":
     arguments = options(parser(__doc__, 3), 48).parse_args()
-    if arguments.side:
-        print(json.dumps({"ours": ours, "peer": peer}[arguments.side](arguments)))
-    else:
-        main(arguments)
+    begin(arguments, main, {"ours": ours, "peer": peer})

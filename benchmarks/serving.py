@@ -6,14 +6,14 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import in_fresh_process
+from benchmarks.common import Result, in_fresh_process
 from benchmarks.workload import BASE, DATA, load_rows, prompt_length
 from onebase.adapters.adapter import Origin
 from onebase.adapters.injection import new_adapter
@@ -27,6 +27,8 @@ from onebase.storage.format import save_adapter
 RANK, ALPHA = 8, 16.0
 SLOTS = 16
 Tokens = list[list[int]]
+Main = Callable[[argparse.Namespace], None]
+Side = Callable[[argparse.Namespace], dict[str, float]]
 
 
 def options(made: argparse.ArgumentParser, tokens: int) -> argparse.ArgumentParser:
@@ -158,6 +160,20 @@ def other_tokens(folder: str, one: str = "ours", other: str = "peer") -> tuple[f
         for a, b in zip(row, other_row, strict=True)
     ]
     return float(sum(a != b for a, b in pairs)), float(len(pairs))
+
+
+def compared(name: str, pairs: Mapping[str, tuple[float, float]], unit: str, **more: Any) -> Result:
+    """The result of (ours, the other's) for each claim, all in one unit; `more`: the other fields."""
+    ours, others = ({claim: pair[side] for claim, pair in pairs.items()} for side in (0, 1))
+    return Result(name, ours, others, dict.fromkeys(pairs, unit), **more)
+
+
+def begin(given: argparse.Namespace, main: Main, sides: Mapping[str, Side]) -> None:
+    """Run the benchmark, or in a process of its own the side that it asked for."""
+    if given.side:
+        print(json.dumps(sides[given.side](given)))
+    else:
+        main(given)
 
 
 class Sides:

@@ -15,9 +15,9 @@ from onebase.adapters.adapter import Adapter, Origin
 from onebase.adapters.injection import injected, new_adapter
 from onebase.config import LoraConfig
 from onebase.models.base import Base
+from onebase.serve.prompts import Prompts
 from onebase.transforms.arithmetic import combine
 from onebase.transforms.combining import Recipe
-from onebase.web.prompts import Prompts
 
 RANKS = (8, 4, 16)  # of the adapters, in turns
 STRENGTH = 0.12  # of an update, whatever its rank: enough that the answers differ

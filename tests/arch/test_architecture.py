@@ -43,8 +43,8 @@ ORDER = """
     training.forecast  training.finish  training.run  training.sweep
     serve.request  serve.scheduler  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights  serve.native
     serve.runner
-    serve.fallback  serve.proof  serve.engine  serve.worker
-    web.settings  web.problems  web.protocol  web.prompts  web.metrics  web.answering  web.shapes
+    serve.prompts  serve.fallback  serve.proof  serve.engine  serve.worker
+    web.settings  web.problems  web.protocol  web.metrics  web.answering  web.shapes
     web.guard  web.service  web.http  web.server  web.ray_app
     demo  demo.make_data
     cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.sweep  cli.preview  cli.predict  cli.generate

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from onebase.models.base import load_base
-from onebase.web.prompts import Prompts
+from onebase.serve.prompts import Prompts
 from onebase.web.ray_app import application
 from serving import Request, adapter_folder, make_engine
 from texts import save_base

@@ -24,9 +24,9 @@ from onebase.models.base import Base, load_base
 from onebase.options import names
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
+from onebase.serve.prompts import Prompts
 from onebase.serve.request import Event, Limits, Request
 from onebase.serve.worker import Worker
-from onebase.web.prompts import Prompts
 
 SLOTS = 2  # the conversation as two adapters have seen it: going to and fro computes nothing twice
 

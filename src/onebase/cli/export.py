@@ -13,7 +13,7 @@ from onebase.adapters.adapter import Adapter
 from onebase.cli import merge
 from onebase.cli.configs import ExportConfig
 from onebase.cli.console import console, say, table
-from onebase.cli.using import base_name
+from onebase.cli.using import base_name, require_given
 from onebase.config import build
 from onebase.data.modelfile import modelfile
 from onebase.data.template import PromptFormat
@@ -49,10 +49,7 @@ class Job(NamedTuple):
 def run(options: dict[str, Any]) -> int:
     """Write the adapter for the target, then say how far it is from its source."""
     config = build(ExportConfig, options)
-    for name in ("adapter", "output"):
-        if not getattr(config, name):
-            hint = "onebase export ADAPTER --to gguf --output adapter.gguf"
-            raise ConfigError(f"option {name}", "not given", hint=hint)
+    require_given(config, ("adapter", "output"), "onebase export ADAPTER --to gguf --output adapter.gguf")
     if config.to == "merged":
         names = ("adapter", "output", "base", "allow_base_mismatch")
         return merge.run({name: getattr(config, name) for name in names})

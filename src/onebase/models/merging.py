@@ -182,11 +182,7 @@ def check_adapters(
     """Compare what two adapters make of a base on a few prompts."""
     loaded = _loaded(base, source)
     rows = _rows(loaded, prompts)
-    found: list[list[Tensor]] = []
-    for adapter in (source, result):
-        with injected(loaded.model, adapter):
-            found.append([_outputs(loaded, row) for row in rows])
-    wanted, got = found
+    wanted, got = _outputs_with(loaded, (source, result), rows)
     return _logit_check(got, wanted)
 
 
@@ -203,14 +199,22 @@ def check_tuned(
     """How near an adapter brings a base to a tuned model on a few prompts. Loads one model at a time."""
     before = _loaded(base, adapter)
     rows = _rows(before, prompts)
-    found: list[list[Tensor]] = []
-    for one in (adapter, None):
-        with injected(before.model, one):
-            found.append([_outputs(before, row) for row in rows])
+    found = _outputs_with(before, (adapter, None), rows)
     del before
     after = _loaded(tuned, adapter)
     wanted = [_outputs(after, row) for row in rows]
     return TunedCheck(*(_logit_check(got, wanted) for got in found))
+
+
+def _outputs_with(
+    base: Base, adapters: Iterable[Adapter | None], rows: Sequence[Mapping[str, Tensor]]
+) -> list[list[Tensor]]:
+    """For each adapter, None for the plain base, the outputs of each row."""
+    found: list[list[Tensor]] = []
+    for adapter in adapters:
+        with injected(base.model, adapter):
+            found.append([_outputs(base, row) for row in rows])
+    return found
 
 
 def _logit_check(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> LogitCheck:

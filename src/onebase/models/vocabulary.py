@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from onebase.adapters.adapter import Adapter
 from onebase.adapters.tokens import ID_PREFIX, is_id
 from onebase.errors import BaseError, BaseMismatch, ConfigError
 from onebase.models.base import Base, open_tokenizer
+
+COPIES = 16  # of a tokenizer, with adapters' tokens, that `remembering` keeps
 
 
 class Vocabulary(NamedTuple):
@@ -86,6 +89,12 @@ def extended(tokenizer: Any, tokens: Mapping[str, int]) -> Any:
     if differing := [f"{text}: {given[text]}, not {n}" for text, n in tokens.items() if given[text] != n]:
         raise BaseMismatch("the adapter's added tokens", f"this tokenizer has them as {'; '.join(differing)}")
     return words
+
+
+def remembering(tokenizer: Any) -> Callable[[Mapping[str, int]], Any]:
+    """`extended` of this tokenizer; the last few copies are kept, since each takes long to make."""
+    kept = lru_cache(COPIES)(lambda added: extended(tokenizer, dict(added)))
+    return lambda tokens: kept(tuple(sorted(tokens.items()))) if tokens else tokenizer
 
 
 def tokenizer_files(folder: Path, tokens: Mapping[str, int]) -> dict[str, bytes]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from onebase.errors import AdapterNameError, BaseError, ConfigError, DataError, OnebaseError
 from onebase.models.base import Base
-from onebase.models.vocabulary import extended
+from onebase.models.vocabulary import remembering
 from onebase.serve.fallback import Fallback
 from onebase.serve.pool import AdapterPool, Pinned, Registered
 from onebase.serve.proof import AUTO, choose_product
@@ -23,8 +22,6 @@ from onebase.serve.scheduler import Chunk, Job, Scheduler
 from onebase.serve.text import TextStream
 from onebase.transforms.arithmetic import combine
 from onebase.transforms.combining import Recipe
-
-TOKENIZERS = 8  # copies with an adapter's own tokens that are kept
 
 
 @dataclass(eq=False)
@@ -63,7 +60,7 @@ class Engine:
         self._fallback = Fallback(base.model, pool.model_lock)
         self._scheduler = Scheduler(self.limits.slots, self.limits.queue, self.limits.prefill_chunk)
         self._all: dict[str, _Sequence] = {}
-        self._words = lru_cache(TOKENIZERS)(self._extended)
+        self._words = remembering(base.tokenizer)
         self._cancelled: list[str] = []
         self._counts = Counter[str]()
         self._done = Counter[str]()
@@ -138,11 +135,8 @@ class Engine:
     def _decoder(self, added: dict[str, int]) -> Any:
         if self.base.tokenizer is None:
             return lambda ids: ""
-        words = self._words(tuple(sorted(added.items())))
+        words = self._words(added)
         return lambda ids: words.decode(ids, skip_special_tokens=True) if ids else ""
-
-    def _extended(self, added: tuple[tuple[str, int], ...]) -> Any:
-        return extended(self.base.tokenizer, dict(added)) if added else self.base.tokenizer
 
     def cancel(self, request: str) -> None:
         """End a request; its slot is free at once. The next step tells it. Nothing where it is over already."""

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from onebase.errors import MissingFile, OnebaseError, nearest
 from onebase.serve.pool import Registered
+from onebase.serve.prompts import Prompts
 from onebase.serve.request import UnknownAdapter
 from onebase.serve.worker import ShuttingDown, Worker
 from onebase.storage.format import CONFIG
 from onebase.web.metrics import MIXTURE, Metrics, Snapshot
 from onebase.web.problems import Problem
-from onebase.web.prompts import Prompts
 from onebase.web.protocol import Chosen, LoadBody, UnloadBody
 from onebase.web.settings import Settings
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from onebase.adapters.adapter import Origin
 from onebase.errors import BaseError, ConfigError
-from onebase.web.prompts import Prompts
+from onebase.serve.prompts import Prompts
 from texts import text_base
 
 TEXT = "Ada kauft ein Stück Käse für 3 €, 日本 🎉\n"

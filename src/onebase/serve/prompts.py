@@ -13,9 +13,8 @@ from onebase.data.template import PromptFormat, render_messages, render_prompt
 from onebase.errors import BaseError, ConfigError
 from onebase.models.base import Base
 from onebase.models.generation import format_of
-from onebase.models.vocabulary import extended
+from onebase.models.vocabulary import remembering
 
-VOCABULARIES = 16  # tokenizers with added tokens that are kept
 PIECES = 1 << 16  # tokens whose bytes are kept
 Added = tuple[tuple[str, int], ...]
 
@@ -31,7 +30,7 @@ class Prompts:
             raise BaseError(f"serve {base.ref}", "it has no tokenizer")
         self._base = base
         self._lock = threading.Lock()  # tokenizers do not say that several threads may use them
-        self._extended = lru_cache(VOCABULARIES)(self._with_tokens)
+        self._extended = remembering(base.tokenizer)
         self._pieces = lru_cache(PIECES)(self._piece)
         self._by_bytes = GDOT in base.tokenizer.get_vocab()
 
@@ -68,13 +67,10 @@ class Prompts:
         return next(iter(forms), None) or format_of(self._base, None)
 
     def _words(self, origins: Sequence[Origin]) -> Any:
-        return self._extended(_added(origins))
-
-    def _with_tokens(self, added: Added) -> Any:
-        return extended(self._base.tokenizer, dict(added)) if added else self._base.tokenizer
+        return self._extended(dict(_added(origins)))
 
     def _piece(self, added: Added, token: int) -> bytes:
-        words = self._extended(added)
+        words = self._extended(dict(added))
         piece = str(words.convert_ids_to_tokens(token) or "")
         if token in words.added_tokens_decoder:
             return piece.encode()
