@@ -120,7 +120,7 @@ def _held(kind: int, layer: Linear, whole: Tensor, scales: Tensor, least: Tensor
     return Held(kind, rows, columns, whole.contiguous(), scales, least, bias, size)
 
 
-# Ways to compute, by name: how the native step holds the layers; None: torch's own products. docs/performance.md has
+# Ways to compute, by name: how the native step holds the layers; None: torch's own products. docs/serving.md has
 # the speed of each.
 PRODUCTS: dict[str, Holder | None] = {
     "packed": packed,
