@@ -27,13 +27,13 @@ def peft_first(keys, path):
     return next((n for n, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(KEYS, max_size=6), PATHS)
 def test_the_first_key_is_the_one_that_peft_finds(keys, path):
     assert first_key(keys_of(tuple(keys)), path) == peft_first(keys, path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(PATHS, max_size=5), PATHS)
 def test_names_are_ends_of_paths(names, path):
     assert named(names, path) == any(name_matches(name, path) for name in names)

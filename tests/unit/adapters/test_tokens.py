@@ -309,7 +309,7 @@ def test_any_setting_is_read_or_refused(setting, sizes):
     st.lists(st.integers(0, 60), min_size=1, max_size=12, unique=True),
     st.lists(st.integers(0, 60), max_size=9),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ids_are_found_in_any_order(ids, asked):
     slot = TokenSlot("", TokenRows(tuple(ids), torch.zeros(len(ids), 2)))
     hit, place = slot.find(torch.tensor(asked, dtype=torch.int64))

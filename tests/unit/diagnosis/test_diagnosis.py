@@ -247,7 +247,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.dictionaries(st.sampled_from([*KEYS, "base_model_name_or_path", "x"]), JSON, max_size=4))
 def test_any_config_is_diagnosed(tmp_path_factory, values):
     folder = save_adapter(adapter(), tmp_path_factory.mktemp("fuzz") / "a")
@@ -257,7 +257,7 @@ def test_any_config_is_diagnosed(tmp_path_factory, values):
     assert {name for name, _ in found} <= CHECKS.keys()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_bytes_are_diagnosed(tmp_path_factory, data):
     folder = save_adapter(adapter(), tmp_path_factory.mktemp("fuzz") / "a")

@@ -101,7 +101,7 @@ def ready():
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(nodes=forests(), seed=st.integers(0, 999), which=st.integers(0, 1))
 def test_any_packing_and_any_tree_is_its_rows_alone(ready, nodes, seed, which):
     model, parameters, engine = ready[which]

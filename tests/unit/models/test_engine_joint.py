@@ -98,7 +98,7 @@ def ready():
         return joined("gemma2")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_members_in_any_order_are_themselves_alone(ready, data):
     _, engine, parameters = ready

@@ -181,7 +181,7 @@ def test_the_probe_works_on_replaced_modules():
     assert packing_problem(model, pad_id=0) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8).map(tuple), seed=st.integers(0, 9))
 def test_any_lengths(lengths, seed):
     model, rows = tiny("mistral", **PACKED["mistral"]), some_rows(lengths, seed)

@@ -89,7 +89,7 @@ def test_gradients(window, softcap):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12).map(tuple),
     window=st.none() | st.integers(1, 10),
@@ -103,7 +103,7 @@ def test_any_lengths(lengths, window, softcap, seed):
     torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=6).map(tuple),
     window=st.none() | st.integers(1, 20),

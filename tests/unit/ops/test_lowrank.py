@@ -26,7 +26,7 @@ def test_effective_weight_is_cast_once():
     assert effective_weight(weight, Factors(a, b, 0.5)).item() == 1.0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.tuples(*[st.integers(1, 13)] * 4), st.floats(-3, 3), st.integers(0, 99))
 def test_product_equals_effective_weight(sizes, scale, seed):
     rows, features, out, rank = sizes

@@ -94,7 +94,7 @@ def test_gradcheck(softcap):
     assert torch.autograd.gradcheck(as_function(made, Scoring(0.6, softcap)), tensors)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     nodes=forests(),
     window=st.none() | st.integers(1, 12),
@@ -146,7 +146,7 @@ def cost(groups, above, block_cost):
     return sum((stop - start) * (above + stop - start) + block_cost for start, stop in groups)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
     above=st.integers(1, 40),

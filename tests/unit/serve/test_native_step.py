@@ -90,7 +90,7 @@ def narrowed(model, hold):
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 999))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packing_rounds_by_half_a_step_and_only_packs_what_fits(rows, groups, seed):
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, groups * GROUP, generator=draw)

@@ -377,7 +377,7 @@ def outcome(folder: Path) -> None:
 BASE = wrap_base(tiny("llama"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
 def test_any_config_is_read_or_refused(values: dict):
     with fresh_folder() as folder:
@@ -385,7 +385,7 @@ def test_any_config_is_read_or_refused(values: dict):
         outcome(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_flipped_bit_or_cut_in_the_tensors_is_read_or_refused(data: st.DataObject):
     with fresh_folder() as folder:

@@ -130,7 +130,7 @@ KEYS = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_any_value_of_any_setting(tmp_path_factory, changes: dict[str, object]):
     place = tmp_path_factory.mktemp("fuzz") / "a"
@@ -147,7 +147,7 @@ ENTRIES = st.fixed_dictionaries(
 NAMES = st.one_of(st.sampled_from([*FACTORS, "__metadata__", "x"]), st.text(max_size=4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(NAMES, st.one_of(ENTRIES, VALUES), max_size=3), st.integers(0, 80), st.integers(-2, 2))
 def test_any_header(tmp_path_factory, header: dict[str, object], size: int, lie: int):
     place = tmp_path_factory.mktemp("fuzz")
@@ -164,7 +164,7 @@ def test_any_header(tmp_path_factory, header: dict[str, object], size: int, lie:
         assert sum(read_tensor(info).nbytes for info in infos) <= size
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_bytes_put_into_a_valid_file(tmp_path_factory, data):
     place, valid = tmp_path_factory.mktemp("fuzz"), save(FACTORS)

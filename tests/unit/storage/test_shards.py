@@ -50,7 +50,7 @@ def entry(begin: int, end: int, **changes: object) -> dict[str, object]:
     return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} | changes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(SHAPES, st.sampled_from(DRAWN)), min_size=1, max_size=5))
 def test_reads_what_the_library_wrote(tmp_path_factory, drawn: list[tuple[list[int], str]]):
     file = tmp_path_factory.mktemp("raw") / SINGLE
@@ -65,7 +65,7 @@ def test_reads_what_the_library_wrote(tmp_path_factory, drawn: list[tuple[list[i
         assert torch.equal(read_tensor(info), wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 200))
 def test_shards_hold_the_limit_and_give_everything_back(tmp_path_factory, limit: int):
     folder = tmp_path_factory.mktemp("shards")

@@ -105,7 +105,7 @@ def test_an_unwritable_place_is_an_output_error(tmp_path):
         MetricsFile(tmp_path / "file" / "metrics.jsonl").append(step(1))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(records)
 def test_a_record_survives_json(record):
     text = json.dumps(record.as_dict(), allow_nan=False)
@@ -115,7 +115,7 @@ def test_a_record_survives_json(record):
     assert again.proof.equal is record.proof.equal
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 @given(records)
 def test_a_diverged_loss_survives_as_not_a_number(record):
     record = dataclasses.replace(record, after=Score(math.nan, math.inf))
@@ -152,7 +152,7 @@ def broken(values: dict, path: str, value: object) -> dict:
         ("settings", [], r"record\.settings: is \[\], not an object"),
     ],
 )
-@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1, suppress_health_check=list(HealthCheck))
 @given(record=records)
 def test_a_wrong_field_is_named(record, path, value, message):
     with pytest.raises(FormatError, match=message):

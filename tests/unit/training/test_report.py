@@ -339,7 +339,7 @@ def test_drawing_from_threads_leaves_no_state():
 # The model card
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @example("org/base")
 @example("a: b # c\n---\nx: y")
 @example("yes")

@@ -57,7 +57,7 @@ ranks_of = st.dictionaries(st.sampled_from(["x", "y", "z"]), st.integers(1, 4), 
 
 
 @given(st.data(), weights_of, st.floats(-2, 2).filter(lambda s: abs(s) > 1e-3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cat_is_the_weighted_sum_and_svd_its_best_fit(data, weights, scale):
     adapters = [make(data.draw(ranks_of), seed, scale) for seed in range(len(weights))]
     cat, svd = (combine(adapters, weights, Recipe(name)) for name in ("cat", "svd"))
@@ -73,7 +73,7 @@ def test_cat_is_the_weighted_sum_and_svd_its_best_fit(data, weights, scale):
 
 
 @given(st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 def test_compression_loses_the_tail_of_the_singular_values(rank, kept):
     adapter = make({"x": rank, "y": 4}, scale=2.0)
     small, errors = compress(adapter, kept)

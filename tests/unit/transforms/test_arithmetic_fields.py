@@ -162,7 +162,7 @@ def test_the_result_survives_its_file(tmp_path):
     assert read_adapter(save_adapter(both, tmp_path / "both")) == both
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.booleans(), st.floats(0, 0.3), st.integers(0, 99))
 def test_the_search_finds_what_the_full_decomposition_does(rank, wide, noise, seed):
     """Large enough for the search; a low rank with noise on it, as pruned updates are, and noise alone."""

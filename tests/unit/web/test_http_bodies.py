@@ -198,7 +198,7 @@ FIELDS = (
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["completions", "chat/completions"]), st.dictionaries(st.sampled_from(FIELDS), anything)
 )
@@ -232,7 +232,7 @@ def test_schemathesis_finds_no_failure(talkers):
     with running(base, folder, limits={"context": 24}, allow_runtime_loading=True) as site:
         schema = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
 
-        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(st.data())
         def run(data):
             for operation in schema.get_all_operations():
