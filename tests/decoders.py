@@ -106,19 +106,20 @@ def some_layout(nodes, seed=0, share_of_loss=0.7, every_node=True):
     ids = torch.randint(3, 97, (sum(length for _, length, _ in nodes),), generator=generator)
     positions = torch.zeros_like(ids)
     parents = {parent for _, _, parent in nodes}
-    rows, columns, targets, paths = [], [], [], {-1: []}
+    rows, columns, targets, paths, owners = [], [], [], {-1: []}, torch.zeros_like(ids)
     for number, (start, length, parent) in enumerate(nodes):
         paths[number] = paths[parent] + list(range(start, start + length))
         positions[paths[number]] = torch.arange(len(paths[number]))
         if every_node or number not in parents:
             loss = torch.rand(len(paths[number]), generator=generator) < share_of_loss
             loss[0] = False
+            owners[paths[number]] = len(rows)
             rows.append((ids[paths[number]], loss))
             places = torch.tensor(paths[number])
             columns.append(places[:-1][loss[1:]])
             targets.append(ids[places[1:]][loss[1:]])
     nodes = tuple(Node(*node) for node in nodes)
-    return Layout(ids, positions, nodes, torch.cat(columns), torch.cat(targets)), rows
+    return Layout(ids, positions, nodes, torch.cat(columns), torch.cat(targets), owners), rows
 
 
 def loss_row_by_row(model, rows):

@@ -272,6 +272,11 @@ class OptimConfig:
     recompute: bool = opt(
         False, "the engine keeps each layer's input alone and computes the rest twice: less memory, more time"
     )
+    cache_activations: bool = opt(
+        False,
+        "what lies below the adapter's first layer is computed once, into a file, and read back in later epochs "
+        "(for adapters on the top layers only: --layers)",
+    )
     group_prompts: bool = opt(
         False, "rows that share their prompt meet in a batch, where the engine computes the prompt once"
     )

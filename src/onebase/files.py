@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +22,19 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def unnamed_file(folder: Path) -> Generator[IO[bytes]]:
+    """An open file in `folder` that nobody else can find; it is gone once it is closed and no longer mapped.
+
+    Raises OutputError where the disk is full or the folder cannot be written.
+    """
+    try:
+        with TemporaryFile(dir=folder) as file:
+            yield file
+    except OSError as error:
+        raise _output_error(folder, error) from error
 
 
 def _temporary_name(path: Path) -> Path:

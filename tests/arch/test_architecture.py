@@ -35,7 +35,7 @@ ORDER = """
     diagnosis.checkup  diagnosis.comparison
     models.builtin  models.fingerprint  models.gguf  models.heads  models.base  models.vocabulary  models.packing
     models.loss  models.generation  models.stored  models.merging  models.gguf_adapter  models.probing  models.families
-    models.reading  models.engine  models.scoring
+    models.reading  models.engine  models.below  models.scoring
     prediction  evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.distributed  training.optim  training.step  training.checkpoint  training.loop

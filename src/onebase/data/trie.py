@@ -34,7 +34,8 @@ class Layout(NamedTuple):
     `ids` and `positions` (T,) int64: a token and its place in its row. A token attends to its node's tokens up to
     itself and to all tokens of the nodes above. Nodes stand depth first: what hangs below a node follows it without
     a gap. `columns` and `targets` (N,) int64: the state at `columns[i]` predicts the id `targets[i]`; the pairs come
-    row by row as in `data.pack.targets`, and a pair that several rows have comes as often.
+    row by row as in `data.pack.targets`, and a pair that several rows have comes as often. `rows` (T,) int64: a row
+    that the token belongs to, of several any.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class Layout(NamedTuple):
     nodes: tuple[Node, ...]
     columns: Tensor
     targets: Tensor
+    rows: Tensor
 
 
 class _Run(NamedTuple):
@@ -61,6 +63,7 @@ def layout(rows: Sequence[Encoded], share: bool, shortest: int = SHORTEST) -> La
     paths = _paths([row.ids for row in rows], shortest) if share else [[] for _ in rows]
     ids: list[int] = []
     positions: list[int] = []
+    owners: list[int] = []
     nodes: list[Node] = []
     places: list[list[int]] = [[] for _ in rows]  # of each row's tokens in the layout
     known: dict[_Run, Node] = {}
@@ -76,6 +79,7 @@ def layout(rows: Sequence[Encoded], share: bool, shortest: int = SHORTEST) -> La
                 nodes.append(known[run])
                 ids += rows[row].ids[begin : run.end]
                 positions += range(begin, run.end)
+                owners += [row] * (run.end - begin)
             start, length, _ = known[run]
             places[row] += range(start, start + length)
             parent, begin = numbers[run], run.end
@@ -92,6 +96,7 @@ def layout(rows: Sequence[Encoded], share: bool, shortest: int = SHORTEST) -> La
         tuple(nodes),
         columns,
         targets,
+        torch.tensor(owners, dtype=torch.long),
     )
 
 

@@ -49,9 +49,21 @@ class Engine:
     def __init__(self, model: nn.Module, *names: str) -> None:
         self._read, self._names = read_model(model, names), names
 
-    def loss(self, layout: Layout, checkpoint: bool = False) -> Tensor:
+    @property
+    def first(self) -> int:
+        """The number of the lowest layer that an adapter changes: below it, states are the plain base's."""
+        changed = (any(place for group in layer.places for place in group) for layer in self._read.layers)
+        return next((number for number, found in enumerate(changed) if found), len(self._read.layers))
+
+    def loss(self, layout: Layout, checkpoint: bool = False, below: Tensor | None = None) -> Tensor:
         """`joint_loss` for one layout and the first adapter alone."""
-        return self.joint_loss([self.member(self._names[0], layout)], checkpoint)[0]
+        return self.joint_loss([self.member(self._names[0], layout)], checkpoint, below)[0]
+
+    def states_below(self, layout: Layout) -> Tensor:
+        """The hidden states (T, D) that enter the `first` adapted layer, without a graph."""
+        with torch.no_grad():
+            member = self.member(self._names[0], layout)
+            return self._through(self._embedded([layout]), [member], range(self.first), checkpoint=False)
 
     def member(self, name: str, layout: Layout) -> Member:
         """An adapter's rows, ready for `joint_loss`. Its masks are drawn from torch's random state, now.
@@ -62,32 +74,23 @@ class Engine:
         places = [[place for group in layer for place in group if place is not None] for layer in groups]
         return Member(name, layout, tuple(_dropout(here, name) for here in places))
 
-    def joint_loss(self, members: Sequence[Member], checkpoint: bool = False) -> list[Tensor]:
+    def joint_loss(
+        self, members: Sequence[Member], checkpoint: bool = False, below: Tensor | None = None
+    ) -> list[Tensor]:
         """The summed cross-entropy, in nats, of each member's targets: scalars in at least float32.
 
         All members' tokens go through the frozen weights as one batch; each adapter works on its own rows alone, and
         no row sees another member's. Attached to autograd with gradients for the adapters' parameters, each from its
         own loss; one backward pass of the losses' sum gives them all. With `checkpoint` each layer keeps its input
-        alone and computes the rest again in the backward pass.
+        alone and computes the rest again in the backward pass. `below` (T, D): the layouts' `states_below`, where they
+        are known already; the layers that made them are not run again.
         """
         read, layouts = self._read, [member.layout for member in members]
         device = read.head.weight.device
         edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
-        with torch.no_grad():
-            hidden = read.embed(torch.cat([layout.ids for layout in layouts]).to(device))
-            if read.embedding != 1.0:
-                hidden = hidden * read.embedding
-        rotations = read.rotations(torch.cat([layout.positions for layout in layouts]), hidden)
-        masks = self._masks(hidden, layouts, edges)
-        for number, layer in enumerate(read.layers):
-            parts = [
-                Part(*edge, _updates(layer, member.name), member.dropouts[number])
-                for edge, member in zip(pairwise(edges), members, strict=True)
-            ]
-            rotation = rotations[layer.rotary_type] if layer.rotates else None
-            hidden = decoder_layer(
-                hidden, Call(layer.frozen, masks[layer.window], rotation, checkpoint), parts
-            )
+        hidden = self._embedded(layouts) if below is None else below.to(device)
+        layers = range(0 if below is None else self.first, len(read.layers))
+        hidden = self._through(hidden, members, layers, checkpoint)
         picked = [layout.columns.unique(return_inverse=True) for layout in layouts]
         columns = torch.cat([own + start for (own, _), start in zip(picked, edges, strict=False)])
         states = normed(hidden.index_select(0, columns.to(device)), read.norm)
@@ -97,6 +100,29 @@ class Engine:
                 states.split([len(own) for own, _ in picked]), picked, layouts, strict=True
             )
         ]
+
+    def _embedded(self, layouts: Sequence[Layout]) -> Tensor:
+        read = self._read
+        with torch.no_grad():
+            hidden = read.embed(torch.cat([layout.ids for layout in layouts]).to(read.head.weight.device))
+            return hidden if read.embedding == 1.0 else hidden * read.embedding
+
+    def _through(self, hidden: Tensor, members: Sequence[Member], layers: range, checkpoint: bool) -> Tensor:
+        """The hidden states (T, D) behind these layers."""
+        layouts = [member.layout for member in members]
+        edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
+        rotations = self._read.rotations(torch.cat([layout.positions for layout in layouts]), hidden)
+        masks = self._masks(hidden, layouts, edges)
+        for number in layers:
+            layer = self._read.layers[number]
+            parts = [
+                Part(*edge, _updates(layer, member.name), member.dropouts[number])
+                for edge, member in zip(pairwise(edges), members, strict=True)
+            ]
+            rotation = rotations[layer.rotary_type] if layer.rotates else None
+            call = Call(layer.frozen, masks[layer.window], rotation, checkpoint)
+            hidden = decoder_layer(hidden, call, parts)
+        return hidden
 
     def _masks(
         self, hidden: Tensor, layouts: Sequence[Layout], starts: Sequence[int]
@@ -205,7 +231,8 @@ def _probe(ids: Tensor) -> tuple[Layout, list[Tensor]]:
     )
     columns = torch.cat([place[:-1] for place in places])
     targets = torch.cat([ids[place[1:]] for place in places])
-    return Layout(ids, positions, nodes, columns, targets), [ids[place] for place in places]
+    owners = torch.tensor([0] * first + [1] * BRANCHES[1] + [2] * ALONE)
+    return Layout(ids, positions, nodes, columns, targets, owners), [ids[place] for place in places]
 
 
 def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

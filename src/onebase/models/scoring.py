@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from onebase.data.template import Encoded
 from onebase.data.trie import layout
 from onebase.errors import BaseError
 from onebase.models.base import Base
+from onebase.models.below import Below
 from onebase.models.engine import Engine, engine_problem
 from onebase.models.loss import head_outputs, label_loss, loss_sum
 from onebase.models.packing import packed_attention, packing_problem
@@ -43,11 +45,20 @@ class Way(NamedTuple):
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
+class Kept(NamedTuple):
+    """Rows whose states below the adapter's first layer are computed once, into a file in the folder."""
+
+    rows: Sequence[Encoded]
+    folder: Path
+
+
 class Thrift(NamedTuple):
-    """What the engine may save: memory by computing layers twice, work by computing shared prompts once."""
+    """What the engine may save: memory by computing layers twice, work by computing shared prompts once, and the
+    layers below the adapter once for all epochs."""
 
     checkpoint: bool = False
     share: bool = True
+    kept: Kept | None = None
 
 
 def choose(base: Base, asked: str, adapter: Adapter | None, rows: Sequence[Encoded] = ()) -> Way:
@@ -111,8 +122,18 @@ def scorer(base: Base, way: Way, name: str, thrift: Thrift = Thrift()) -> Scorer
         return Scorer(packed_loss(model), by_length)
     if way.name == "padded":
         return Scorer(whole_loss(base), by_length)
-    engine = Engine(model, name)
-    return Scorer(lambda rows: engine.loss(layout(rows, thrift.share), thrift.checkpoint), by_prefix)
+    return Scorer(engine_loss(Engine(model, name), thrift), by_prefix)
+
+
+def engine_loss(engine: Engine, thrift: Thrift) -> Loss:
+    """Through the engine's own layers."""
+    below = Below(engine, *thrift.kept) if thrift.kept else None
+
+    def loss(rows: Sequence[Encoded]) -> Tensor:
+        laid = layout(rows, thrift.share)
+        return engine.loss(laid, thrift.checkpoint, below.states(rows, laid) if below else None)
+
+    return loss
 
 
 def packed_loss(model: nn.Module) -> Loss:

@@ -17,7 +17,7 @@ from onebase.data.pack import prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
 from onebase.models.base import Base
 from onebase.training.loop import total_steps
-from onebase.training.prepare import Prepared
+from onebase.training.prepare import Prepared, first_layer
 
 _RUNTIME = 400 << 20  # Python, PyTorch and transformers themselves, as measured at start-up
 
@@ -66,11 +66,21 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         loss_tokens=sum(row.targets for row in rows),
         steps=total_steps(len(rows), config.optim),
         dtype=f"{base.dtype} ({base.dtype_reason})",
-        way=ready.way.shown,
+        way=ready.way.shown + _kept(base, config, ready),
         coverage=ready.coverage.rows(),
         token_rows=ready.words.lines,
         labels=ready.data.summary.labels,
     )
+
+
+def _kept(base: Base, config: TrainConfig, ready: Prepared) -> str:
+    """What --cache-activations keeps, for the plan's line on how rows are scored."""
+    if not config.optim.cache_activations:
+        return ""
+    rows = {tuple(row.ids) for part in (ready.data.train_rows, ready.data.valid_rows) for row in part.rows}
+    states = base.model.get_input_embeddings().weight[0].nbytes  # pyright: ignore[reportCallIssue]
+    size = sum(map(len, rows)) * states / 1e6
+    return f"; layers 0-{first_layer(ready.coverage) - 1} computed once, {size:,.0f} MB on disk while it runs"
 
 
 def _update_sizes(config: TrainConfig, ready: Prepared, modules: Mapping[str, nn.Module]) -> tuple[int, int]:

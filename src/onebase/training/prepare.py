@@ -9,7 +9,7 @@ from typing import Any
 from onebase.adapters.adapter import Adapter, Origin
 from onebase.adapters.injection import adapter_for
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import Coverage, match
+from onebase.adapters.targets import Coverage, match, split_path
 from onebase.adapters.variants import INITS, check_start
 from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
@@ -148,6 +148,8 @@ def prepare(base: Base, config: TrainConfig, data: Data | None = None) -> Prepar
     _check_sizes(data, lora)
     probe = warm.adapter if warm else _probe(base, coverage, config, words)
     way = _way(base, config, probe, data)
+    if config.optim.cache_activations:
+        _check_below(way, coverage)
     return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words, warm)
 
 
@@ -176,6 +178,24 @@ def _way(base: Base, config: TrainConfig, probe: Adapter, data: Data) -> Way:
         raise ConfigError("options engine and shard_base", found, hint="use --engine auto")
     way = choose(base, asked, None)  # without an adapter the engine is no choice
     return way._replace(reason="the base is sharded") if way.name == "packed" else way
+
+
+def _check_below(way: Way, coverage: Coverage) -> None:
+    """Raise ConfigError where no layer's states could be kept."""
+    if way.name != "engine":
+        raise ConfigError(
+            "option cache_activations", f"only the engine keeps states; this run is {way.shown}"
+        )
+    if first_layer(coverage) == 0:
+        found = "the adapter begins at the first layer, so nothing lies below it"
+        raise ConfigError(
+            "option cache_activations", found, hint="put it on the last layers alone: --layers 20-29"
+        )
+
+
+def first_layer(coverage: Coverage) -> int:
+    """The lowest layer that is adapted; 0 also where something outside the layers is."""
+    return min((split_path(target.path)[1] or 0 for target in coverage.targets), default=0)
 
 
 def _probe(base: Base, coverage: Coverage, config: TrainConfig, words: Vocabulary) -> Adapter:

@@ -18,7 +18,7 @@ from onebase.data.pack import prompt_groups
 from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.files import process_lock, remove, require_writable, write_text
 from onebase.models.base import Base, load_base
-from onebase.models.scoring import Thrift, scorer
+from onebase.models.scoring import Kept, Thrift, scorer
 from onebase.training import checkpoint
 from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
@@ -94,6 +94,10 @@ def train(
     with joined() as world:
         snapshot = claim(config)
         _check_shard(config, world, base)
+        if config.optim.cache_activations and world.size > 1:
+            raise ConfigError(
+                "option cache_activations", "it is for one process", hint="train without torchrun"
+            )
         if not isinstance(base, Base):
             base = _agreed_base(config, snapshot, world)
         job = replace(make_job(base, config, snapshot), world=world)
@@ -324,7 +328,7 @@ def _session(job: Job) -> Session:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = make_optimizer(parameters, config.optim)
-    score = scorer(job.base, job.ready.way, job.name, Thrift(checkpoint=config.optim.recompute))
+    score = scorer(job.base, job.ready.way, job.name, _thrift(job))
     if job.snapshot:
         restore_optimizer(optimizer, parameters, job.snapshot.tensors)
         checkpoint.restore_random(job.snapshot.tensors)
@@ -344,6 +348,12 @@ def _session(job: Job) -> Session:
         name=job.name,
         world=job.world,
     )
+
+
+def _thrift(job: Job) -> Thrift:
+    data, optim = job.ready.data, job.config.optim
+    kept = Kept([*data.train_rows.rows, *data.valid_rows.rows], job.folder)
+    return Thrift(checkpoint=optim.recompute, kept=kept if optim.cache_activations else None)
 
 
 def drive(

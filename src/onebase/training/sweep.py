@@ -145,6 +145,11 @@ def _configs(options: Mapping[str, Any], together: int) -> tuple[list[Point], li
     if not options.get("output"):
         hint = "name a folder for the runs: --output runs/sweep"
         raise ConfigError("option output", "is empty", hint=hint)
+    if options.get("cache_activations"):
+        found = "runs that train at once pass through the base together, each from its own first layer on"
+        raise ConfigError(
+            "option cache_activations", found, hint="leave it out, or train each with `onebase train`"
+        )
     points, configs = grid(options), list[TrainConfig]()
     for point in points:
         folder = Path(options["output"]) / point.name
