@@ -138,10 +138,10 @@ def engine_problem(model: nn.Module, name: str, text: Sequence[int] = ()) -> str
     """Why this model with this adapter cannot go through the engine, in one sentence; None where it is proved exact.
 
     The model's modules must be known, and on a few rows, two of which share a prefix, the engine's loss and its
-    gradients must be those of the model's own forward, row by row. The rows' tokens come from `text`, or are random:
-    on these a trained model is so sensitive that in bfloat16 its own rounding hides what is compared. Nothing is
-    changed. Raises what the model's own forward raises, if it does. Call it with the attention implementation that
-    the model came with.
+    gradients must be those of the model's own forward, with each row a row of one batch. The rows' tokens come from
+    `text`, or are random: on these a trained model is so sensitive that in bfloat16 its own rounding hides what is
+    compared. Nothing is changed. Raises what the model's own forward raises, if it does. Call it with the attention
+    implementation that the model came with.
     """
     try:
         engine = Engine(model, name)
@@ -163,12 +163,7 @@ def engine_problem(model: nn.Module, name: str, text: Sequence[int] = ()) -> str
 def _difference(model: Any, engine: Engine, parameters: Sequence[nn.Parameter], text: Sequence[int]) -> str:
     """What tells the engine from the model on a few rows; empty if nothing does."""
     layout, rows = _probe(_tokens(model, text))
-    theirs = torch.zeros((), dtype=torch.float64)
-    for row in rows:
-        logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        theirs = theirs + F.cross_entropy(wide, row[1:].to(model.device), reduction="sum").double().cpu()
-    ours = engine.loss(layout)
+    theirs, ours = _own_loss(model, rows), engine.loss(layout)
     losses, gradients = TOLERANCE.get(model.dtype, NARROW_TOLERANCE)
     apart = float(abs(ours.detach().double().cpu() - theirs.detach()) / theirs.detach())
     if not apart <= losses:
@@ -176,6 +171,19 @@ def _difference(model: Any, engine: Engine, parameters: Sequence[nn.Parameter], 
     one, other = (_flat_gradient(loss, parameters) for loss in (ours, theirs))
     apart = float((one - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
     return "" if apart <= gradients else f"the gradients differ by {apart:.1e} ({gradients:.0e} allowed)"
+
+
+def _own_loss(model: Any, rows: Sequence[Tensor]) -> Tensor:
+    """The summed nats of the rows through the model's own forward, each a row of one batch, in float64.
+
+    Rows are filled up at their end, where no token of theirs looks, so they need no mask.
+    """
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = torch.cat([part[: len(row) - 1] for part, row in zip(wide, rows, strict=True)])
+    targets = torch.cat([row[1:] for row in rows]).to(model.device)
+    return F.cross_entropy(own, targets, reduction="none").double().sum().cpu()
 
 
 def _tokens(model: Any, text: Sequence[int]) -> Tensor:
