@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.injection import eval_mode, trainable, use
 from onebase.adapters.layers import LoraLayer
-from onebase.data.trie import Layout, Node
+from onebase.data.trie import Layout, Node, filled, filled_length
 from onebase.models.reading import ReadLayer, Unsupported, read_model
 from onebase.ops.adapted import Dropout
 from onebase.ops.cross_entropy import frozen_cross_entropy
@@ -56,11 +56,11 @@ class Engine:
     def member(self, name: str, layout: Layout) -> Member:
         """An adapter's rows, ready for `joint_loss`. Its masks are drawn from torch's random state, now.
 
-        Adapters drop out as `adapter_dropout` says.
+        Adapters drop out as `adapter_dropout` says. The rows are filled up to one of few lengths (`trie.filled`).
         """
         groups = (layer.places for layer in self._read.layers)
         places = [[place for group in layer for place in group if place is not None] for layer in groups]
-        return Member(name, layout, tuple(_dropout(here, name) for here in places))
+        return Member(name, filled(layout), tuple(_dropout(here, name) for here in places))
 
     def joint_loss(self, members: Sequence[Member], checkpoint: bool = False) -> list[Tensor]:
         """The summed cross-entropy, in nats, of each member's targets: scalars in at least float32.
@@ -89,6 +89,7 @@ class Engine:
                 hidden, Call(layer.frozen, masks[layer.window], rotation, checkpoint), parts
             )
         picked = [layout.columns.unique(return_inverse=True) for layout in layouts]
+        picked = [(_filled_up(own), rows) for own, rows in picked]
         columns = torch.cat([own + start for (own, _), start in zip(picked, edges, strict=False)])
         states = normed(hidden.index_select(0, columns.to(device)), read.norm)
         return [
@@ -114,6 +115,11 @@ class Engine:
             ]
             for window in windows
         }
+
+
+def _filled_up(columns: Tensor) -> Tensor:
+    """The columns (N,), the last one repeated up to one of few numbers; a state without targets adds nothing."""
+    return torch.cat([columns, columns[-1:].expand(filled_length(len(columns)) - len(columns))])
 
 
 def _updates(layer: ReadLayer, name: str) -> Updates:

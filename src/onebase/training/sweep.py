@@ -328,7 +328,7 @@ def _finished(member: _Member, proof: _Proof) -> Run | OnebaseError:
     assert ended is not None
     if ended.reason == "interrupted":
         return Run(job.folder, ended.reason, ended.progress)
-    plan = replace(job.plan, memory=proof.memory)
+    plan = replace(job.plan, running=proof.memory)
     outcome = Outcome(job.config, job.ready, plan, ended, proof.hashed)
     try:
         return Run(job.folder, ended.reason, ended.progress, *finish(job.base, job.folder, outcome))
