@@ -1,8 +1,9 @@
-"""How far `onebase train --plan` is from the time that the run then takes: three settings, error in percent.
+"""How far `onebase train --plan` is from the time and the memory that the run then takes: three settings, in percent.
 
 Each setting is planned in a fresh process and then run in another. Measured is what the plan foresees: the seconds of
-all optimiser steps and evaluations, from metrics.jsonl. Settings differ in rank, length of the rows and batch size;
-long rows are several of E2E's in one. The gate: the run was the one that was planned, step for step.
+all optimiser steps and evaluations, from metrics.jsonl, and the process's peak resident memory. Settings differ in
+rank, length of the rows and batch size; long rows are several of E2E's in one. The gate: the run was the one that was
+planned, step for step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from onebase.training.run import foresee, train
 NAME = "plan_error"
 LIMIT = 0.2
 HELD_OUT = 0.1
+WHAT = {"seconds": "s", "mb": "MB"}
 
 
 class Setting(NamedTuple):
@@ -85,15 +87,18 @@ def planned(told: Mapping[str, Any]) -> Numbers:
     plan, prediction = foresee(told)
     if prediction is None:
         raise SystemExit("the work of this base cannot be counted, so nothing is predicted")
-    return {"seconds": prediction.seconds, "steps": plan.steps, "evaluations": 2}
+    return {"seconds": prediction.seconds, "mb": plan.memory / 1e6, "steps": plan.steps, "evaluations": 2}
 
 
 def measured_run(told: Mapping[str, Any]) -> Numbers:
-    folder = train(**told).folder
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    run = train(**told)
+    if run.record is None:
+        raise SystemExit("the run was interrupted")
+    metrics = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in metrics.splitlines()]
     kinds = [line["kind"] for line in lines]
-    seconds = sum(line["seconds"] for line in lines)
-    return {"seconds": seconds, "steps": kinds.count("step"), "evaluations": kinds.count("eval")}
+    seconds, mb = sum(line["seconds"] for line in lines), run.record.memory.peak_bytes / 1e6
+    return {"seconds": seconds, "mb": mb, "steps": kinds.count("step"), "evaluations": kinds.count("eval")}
 
 
 SIDES = {"planned": planned, "measured": measured_run}
@@ -116,19 +121,26 @@ def main(given: argparse.Namespace) -> None:
     counts = ("steps", "evaluations")
     apart = max(abs(one["planned"][key] - one["measured"][key]) for one in found.values() for key in counts)
     passed = checked(NAME, Gate("steps and evaluations that were not as planned", apart, 0))
-    seconds = {name: (one["planned"]["seconds"], one["measured"]["seconds"]) for name, one in found.items()}
+    foreseen = {
+        f"{what}: {name}": (one["planned"][key], one["measured"][key])
+        for key, what in WHAT.items()
+        for name, one in found.items()
+    }
     rows = [
         (name, f"{plan:.1f}", f"{real:.1f}", f"{plan / real - 1:+.0%}", f"{LIMIT:.0%} either way")
-        for name, (plan, real) in seconds.items()
+        for name, (plan, real) in foreseen.items()
     ]
-    title = f"time of {given.steps} steps, {given.base}, {given.dtype}, median of {given.runs}"
-    show(title, ("setting", "planned (s)", "measured (s)", "error", "target"), rows)
+    title = f"{given.steps} steps, {given.base}, {given.dtype}, median of {given.runs}"
+    show(title, ("setting", "planned", "measured", "error", "target"), rows)
     result = Result(
         NAME,
-        {name: abs(plan - real) for name, (plan, real) in seconds.items()},
-        {name: real for name, (_, real) in seconds.items()},
-        dict.fromkeys(seconds, "s: ours is the plan's error, the peer the measured time"),
-        dict.fromkeys(seconds, LIMIT),
+        {name: abs(plan - real) for name, (plan, real) in foreseen.items()},
+        {name: real for name, (_, real) in foreseen.items()},
+        {
+            name: f"{name.partition(':')[0]}: ours is the plan's error, the peer what was measured"
+            for name in foreseen
+        },
+        dict.fromkeys(foreseen, LIMIT),
         passed,
         given.runs,
     )

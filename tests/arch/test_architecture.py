@@ -39,8 +39,8 @@ ORDER = """
     prediction  evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.distributed  training.optim  training.step  training.checkpoint  training.loop
-    training.work  training.speed  training.warmstart  training.prepare  training.calibrate  training.plan
-    training.forecast  training.finish  training.run  training.sweep
+    training.work  training.speed  training.memory  training.warmstart  training.prepare  training.calibrate
+    training.plan  training.forecast  training.finish  training.run  training.sweep
     serve.request  serve.scheduler  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights  serve.native
     serve.runner
     serve.prompts  serve.fallback  serve.proof  serve.engine  serve.worker

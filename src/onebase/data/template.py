@@ -299,7 +299,9 @@ def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
+    different = list(dict.fromkeys(texts))  # rows often share their prompt
+    known = dict(zip(different, tokenizer(different, **options)["input_ids"], strict=True))
+    return [known[text] for text in texts]
 
 
 def _lead(tokenizer: Tokenizer) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onebase.adapters.injection import eval_mode, trainable, use
 from onebase.adapters.layers import LoraLayer
-from onebase.data.trie import Layout, Node
+from onebase.data.trie import Layout, Node, filled, filled_length
 from onebase.models.reading import ReadLayer, Unsupported, read_model
 from onebase.ops.adapted import Dropout
 from onebase.ops.cross_entropy import frozen_cross_entropy
@@ -57,22 +57,27 @@ class Engine:
 
     def loss(self, layout: Layout, checkpoint: bool = False, below: Tensor | None = None) -> Tensor:
         """`joint_loss` for one layout and the first adapter alone."""
-        return self.joint_loss([self.member(self._names[0], layout)], checkpoint, below)[0]
+        member = self.member(self._names[0], layout)
+        if below is not None:  # the member's rows were filled up at their end
+            below = F.pad(below, (0, 0, 0, len(member.layout.ids) - len(below)))
+        return self.joint_loss([member], checkpoint, below)[0]
 
     def states_below(self, layout: Layout) -> Tensor:
         """The hidden states (T, D) that enter the `first` adapted layer, without a graph."""
         with torch.no_grad():
             member = self.member(self._names[0], layout)
-            return self._through(self._embedded([layout]), [member], range(self.first), checkpoint=False)
+            hidden = self._embedded([member.layout])
+            hidden = self._through(hidden, [member], range(self.first), checkpoint=False)
+            return hidden[: len(layout.ids)]
 
     def member(self, name: str, layout: Layout) -> Member:
         """An adapter's rows, ready for `joint_loss`. Its masks are drawn from torch's random state, now.
 
-        Adapters drop out as `adapter_dropout` says.
+        Adapters drop out as `adapter_dropout` says. The rows are filled up to one of few lengths (`trie.filled`).
         """
         groups = (layer.places for layer in self._read.layers)
         places = [[place for group in layer for place in group if place is not None] for layer in groups]
-        return Member(name, layout, tuple(_dropout(here, name) for here in places))
+        return Member(name, filled(layout), tuple(_dropout(here, name) for here in places))
 
     def joint_loss(
         self, members: Sequence[Member], checkpoint: bool = False, below: Tensor | None = None
@@ -92,6 +97,7 @@ class Engine:
         layers = range(0 if below is None else self.first, len(read.layers))
         hidden = self._through(hidden, members, layers, checkpoint)
         picked = [layout.columns.unique(return_inverse=True) for layout in layouts]
+        picked = [(_filled_up(own), rows) for own, rows in picked]
         columns = torch.cat([own + start for (own, _), start in zip(picked, edges, strict=False)])
         states = normed(hidden.index_select(0, columns.to(device)), read.norm)
         return [
@@ -142,6 +148,11 @@ class Engine:
         }
 
 
+def _filled_up(columns: Tensor) -> Tensor:
+    """The columns (N,), the last one repeated up to one of few numbers; a state without targets adds nothing."""
+    return torch.cat([columns, columns[-1:].expand(filled_length(len(columns)) - len(columns))])
+
+
 def _updates(layer: ReadLayer, name: str) -> Updates:
     return Groups(*(tuple(_factors(place, name) for place in group) for group in layer.places))
 
@@ -164,10 +175,10 @@ def engine_problem(model: nn.Module, name: str, text: Sequence[int] = ()) -> str
     """Why this model with this adapter cannot go through the engine, in one sentence; None where it is proved exact.
 
     The model's modules must be known, and on a few rows, two of which share a prefix, the engine's loss and its
-    gradients must be those of the model's own forward, row by row. The rows' tokens come from `text`, or are random:
-    on these a trained model is so sensitive that in bfloat16 its own rounding hides what is compared. Nothing is
-    changed. Raises what the model's own forward raises, if it does. Call it with the attention implementation that
-    the model came with.
+    gradients must be those of the model's own forward, with each row a row of one batch. The rows' tokens come from
+    `text`, or are random: on these a trained model is so sensitive that in bfloat16 its own rounding hides what is
+    compared. Nothing is changed. Raises what the model's own forward raises, if it does. Call it with the attention
+    implementation that the model came with.
     """
     try:
         engine = Engine(model, name)
@@ -189,12 +200,7 @@ def engine_problem(model: nn.Module, name: str, text: Sequence[int] = ()) -> str
 def _difference(model: Any, engine: Engine, parameters: Sequence[nn.Parameter], text: Sequence[int]) -> str:
     """What tells the engine from the model on a few rows; empty if nothing does."""
     layout, rows = _probe(_tokens(model, text))
-    theirs = torch.zeros((), dtype=torch.float64)
-    for row in rows:
-        logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        theirs = theirs + F.cross_entropy(wide, row[1:].to(model.device), reduction="sum").double().cpu()
-    ours = engine.loss(layout)
+    theirs, ours = _own_loss(model, rows), engine.loss(layout)
     losses, gradients = TOLERANCE.get(model.dtype, NARROW_TOLERANCE)
     apart = float(abs(ours.detach().double().cpu() - theirs.detach()) / theirs.detach())
     if not apart <= losses:
@@ -202,6 +208,19 @@ def _difference(model: Any, engine: Engine, parameters: Sequence[nn.Parameter], 
     one, other = (_flat_gradient(loss, parameters) for loss in (ours, theirs))
     apart = float((one - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny))
     return "" if apart <= gradients else f"the gradients differ by {apart:.1e} ({gradients:.0e} allowed)"
+
+
+def _own_loss(model: Any, rows: Sequence[Tensor]) -> Tensor:
+    """The summed nats of the rows through the model's own forward, each a row of one batch, in float64.
+
+    Rows are filled up at their end, where no token of theirs looks, so they need no mask.
+    """
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = torch.cat([part[: len(row) - 1] for part, row in zip(wide, rows, strict=True)])
+    targets = torch.cat([row[1:] for row in rows]).to(model.device)
+    return F.cross_entropy(own, targets, reduction="none").double().sum().cpu()
 
 
 def _tokens(model: Any, text: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from onebase.data.read import Example
 from onebase.data.template import PromptFormat, render_prompt
 from onebase.errors import BaseError, DataError
 from onebase.models.base import Base
+from onebase.models.loss import keeps_logits
 from onebase.models.vocabulary import for_adapter
 
 Stream = Callable[[str], None]
@@ -99,11 +100,14 @@ def _generate_batch(
     width = max(map(len, prompts))
     ids = torch.tensor([[base.pad_id] * (width - len(p)) + p for p in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+    # As an index, not as a number: that leaves a slice with gaps, for whose product torch copies the head for each row.
+    last = {"logits_to_keep": torch.tensor([-1], device=base.device)} if keeps_logits(base.model) else {}
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         out: Any = base.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=mask,
+            **last,
             generation_config=_config(base, sampling, min(sampling.max_new_tokens, base.context - width)),
             streamer=_Streamer(base.tokenizer, stream) if stream else None,
         )

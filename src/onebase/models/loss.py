@@ -26,7 +26,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     device = next(model.parameters()).device
     wanted = targets(batch)
     columns = wanted.columns.unique()
-    keep: dict[str, Any] = {"logits_to_keep": columns.to(device)} if _keeps_logits(model) else {}
+    keep: dict[str, Any] = {"logits_to_keep": columns.to(device)} if keeps_logits(model) else {}
     mask = None if batch.packed else attention_mask(batch).to(device)
     with segments(batch.lengths) if batch.packed else nullcontext():
         logits = model(
@@ -70,5 +70,6 @@ LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model's forward can be told for which tokens to give logits."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -11,7 +11,9 @@ import gc
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -234,3 +236,28 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     for name, tensor in base_tensors(model):
         found |= tensor_digests([(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)])
     return found
+
+
+class Hashed(NamedTuple):
+    """A base's digests, and the seconds that they took."""
+
+    digests: Mapping[str, str]
+    seconds: float
+
+
+def hash_ahead(model: nn.Module) -> Future[Hashed]:
+    """The digests of a whole base, computed in threads beside what comes next: hashing needs no interpreter's lock.
+
+    Which tensors are hashed is settled at once, so what is put onto the model meanwhile does not count.
+    """
+    named = list(base_tensors(model))
+
+    def hashed() -> Hashed:
+        started = time.perf_counter()
+        return Hashed(tensor_digests(named), time.perf_counter() - started)
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(hashed)
+    finally:
+        pool.shutdown(wait=False)

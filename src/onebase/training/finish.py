@@ -9,7 +9,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from onebase.storage.format import TENSORS, read_adapter, write_adapter
 from onebase.training import checkpoint
 from onebase.training.card import model_card
 from onebase.training.curves import draw_curves, save_png
-from onebase.training.distributed import World, base_digests, spread
+from onebase.training.distributed import Hashed, World, base_digests, spread
 from onebase.training.loop import Finished
 from onebase.training.plan import Plan
 from onebase.training.prepare import Prepared
@@ -70,8 +69,7 @@ class Outcome:
     ready: Prepared
     plan: Plan
     ended: Finished
-    digests: Mapping[str, str]  # of the base's tensors before the first step
-    hashing: float  # seconds that those took
+    hashed: Hashed  # the base's tensors before the first step
     world: World = World()
 
 
@@ -121,16 +119,14 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
 
 def _prove(base: Base, outcome: Outcome) -> Proof:
     started = time.perf_counter()
-    after = base_digests(base.model)
-    changed = sorted(
-        name for name in {**outcome.digests, **after} if outcome.digests.get(name) != after.get(name)
-    )
+    before, after = outcome.hashed.digests, base_digests(base.model)
+    changed = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
     if changed:
         raise BaseMismatch(
             "base unchanged", f"{len(changed)} of its tensors differ after training: {changed[:5]}"
         )
-    seconds = outcome.hashing + time.perf_counter() - started
-    return Proof(combined(outcome.digests), combined(after), len(after), seconds)
+    seconds = outcome.hashed.seconds + time.perf_counter() - started
+    return Proof(combined(before), combined(after), len(after), seconds)
 
 
 def _chosen(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, str]:

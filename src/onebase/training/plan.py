@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from onebase.adapters.kinds import KINDS, kind_of
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import CoverageRow, output_head
+from onebase.adapters.targets import CoverageRow
 from onebase.adapters.tokens import token_targets
 from onebase.adapters.variants import sizes
 from onebase.config import TrainConfig
 from onebase.data.pack import prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
+from onebase.data.trie import filled_length
 from onebase.models.base import Base
+from onebase.models.scoring import loss_tokens
 from onebase.training.loop import total_steps
+from onebase.training.memory import IMPORTED, LENGTH, ROW_TOKEN, RUNTIME, TRAINED, WAYS, Batch
 from onebase.training.prepare import Prepared, first_layer
+from onebase.training.work import Load, load_of, padded_load
 
-_RUNTIME = 400 << 20  # Python, PyTorch and transformers themselves, as measured at start-up
+SHARED_AMONG = 8  # of so many batches with the most tokens in their rows is counted what they share
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Plan:
     trainable: int
     total: int
     base_bytes: int
-    memory: int
+    running: int  # the most memory while it trains
+    opening: int  # the most memory while the base is opened
     rows: int
     valid_rows: int
     tokens: int  # in one pass
@@ -40,6 +44,11 @@ class Plan:
     coverage: list[CoverageRow]
     token_rows: list[str]  # a line for each token whose rows are trained
     labels: Mapping[str, float]  # as in data.preview.DataSummary
+
+    @property
+    def memory(self) -> int:
+        """The most that the process holds at any time."""
+        return max(self.running, self.opening)
 
     @property
     def share(self) -> float:
@@ -58,8 +67,8 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         trainable=low + full,
         total=base.parameters + low + full + fixed,
         base_bytes=base.stored_bytes,
-        memory=4 * fixed
-        + _memory(base, low + full, _largest_batch(rows, config, ready.way.name != "padded")),
+        running=_running(base, config, ready, (low + full, fixed)),
+        opening=_opening(base),
         rows=len(rows),
         valid_rows=len(ready.data.valid_rows.rows),
         tokens=sum(len(row.ids) for row in rows),
@@ -97,46 +106,62 @@ def _row_values(base: Base, config: TrainConfig, ready: Prepared) -> int:
     return sum(len(ids) * base.model.get_parameter(f"{path}.weight").shape[1] for path, ids in rows.items())
 
 
-def _memory(base: Base, trainable: int, batch: tuple[int, int]) -> int:
-    """An estimate of the peak: weights, 16 bytes a trained value (itself, gradient, two moments), activations.
+def _running(base: Base, config: TrainConfig, ready: Prepared, values: tuple[int, int]) -> int:
+    """The peak while the run trains, by `memory`'s count; `values`: how many are trained, and how many are fixed."""
+    batch = _largest_batch(config, ready)
+    trained, fixed = values
+    data = ready.data
+    rows = ROW_TOKEN * sum(len(row.ids) for part in (data.train_rows, data.valid_rows) for row in part.rows)
+    activations = WAYS[ready.way.name](base.model, ready.coverage.targets, batch, config.optim.recompute)
+    kept = LENGTH * batch.lengths + rows + activations
+    return shared_memory(base) + TRAINED * trained + 4 * fixed + kept
 
-    Autograd keeps about the input and output of every linear layer for each token of the largest batch, in the
-    base's dtype and for A in float32, and three float32 copies of the logits where there is loss. What the
-    allocator and oneDNN's cache of shapes keep on top in a long run is not counted (docs/LOG.md).
-    """
-    size = next(base.model.parameters()).element_size()
-    kept = sum(sum(KINDS["linear"].shape(m)) for m in _linears(base.model))
-    tokens, losses = batch
-    head = output_head(base.model)
-    vocabulary = KINDS[kind].shape(head)[1] if head is not None and (kind := kind_of(head)) else 0
-    activations = tokens * kept * (size + 4) + losses * vocabulary * (size + 12)
-    return shared_memory(base) + 16 * trainable + activations
+
+def _opening(base: Base) -> int:
+    """The peak while the base is opened: where it is stored in another dtype, as it is stored and as it is used."""
+    held = _held(base)
+    converted = abs(base.stored_bytes - held) > held // 4
+    return IMPORTED + held + (base.stored_bytes if converted else 0)
+
+
+def _held(base: Base) -> int:
+    return sum(parameter.nbytes for parameter in base.model.parameters())
 
 
 def shared_memory(base: Base) -> int:
     """The part of a plan's memory that runs on the same base, in one process, have in common."""
-    return _RUNTIME + sum(parameter.nbytes for parameter in base.model.parameters())
+    return RUNTIME + _held(base)
 
 
 def memory_together(base: Base, plans: Sequence[Plan]) -> int:
     """The plans' memory in one process, at the same time."""
     shared = shared_memory(base)
-    return shared + sum(plan.memory - shared for plan in plans)
+    return max(_opening(base), shared + sum(plan.running - shared for plan in plans))
 
 
-def _linears(model: nn.Module) -> list[nn.Module]:
-    head = output_head(model)
-    return [m for _, m in base_modules(model) if isinstance(m, nn.Linear) and m is not head]
-
-
-def _largest_batch(rows: list[Encoded], config: TrainConfig, packed: bool) -> tuple[int, int]:
-    """Tokens and loss tokens of the largest batch of the first epoch, padding included."""
-    optim, largest = config.optim, (0, 0)
+def _largest_batch(config: TrainConfig, ready: Prepared) -> Batch:
+    """The largest batch of the first epoch: padding counts where rows are padded, a shared prefix once where it is."""
+    rows, optim, way = ready.data.train_rows.rows, config.optim, ready.way.name
     groups = prompt_groups(rows) if optim.group_prompts else ()
     one_pass = steps_per_epoch(len(rows), optim.batch_size, optim.accumulate)
-    for step in range(min(one_pass, total_steps(len(rows), optim))):
-        for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step, groups):
-            lengths = [len(rows[index].ids) for index in batch]
-            tokens = sum(lengths) if packed else max(lengths) * len(lengths)
-            largest = max(largest, (tokens, sum(rows[index].targets for index in batch)))
-    return largest
+    batches = [
+        [rows[index] for index in batch]
+        for step in range(min(one_pass, total_steps(len(rows), optim)))
+        for batch in step_rows(len(rows), optim.batch_size, optim.accumulate, config.seed, step, groups)
+    ]
+    whole = [_load(batch, way) for batch in batches]
+    tokens, losses, lengths = max(one.tokens for one in whole), max(one.losses for one in whole), 1
+    if way == "engine":
+        largest = sorted(range(len(batches)), key=lambda index: whole[index].tokens)[-SHARED_AMONG:]
+        tokens = filled_length(max(load_of(batches[index], True).tokens for index in largest))
+        lengths = len({filled_length(one.tokens) for one in whole})
+    return Batch(tokens, losses, max(len(row.ids) for row in rows), lengths)
+
+
+def _load(batch: list[Encoded], way: str) -> Load:
+    """As if no prefix were shared: quick to count for many batches."""
+    return (
+        padded_load(batch)
+        if way == "padded"
+        else Load(sum(len(row.ids) for row in batch), loss_tokens(batch), 0)
+    )

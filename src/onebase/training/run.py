@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from onebase.models.scoring import Kept, Thrift, scorer
 from onebase.training import checkpoint
 from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
-from onebase.training.distributed import World, base_digests, joined, shard, spread
+from onebase.training.distributed import Hashed, World, hash_ahead, joined, shard, spread
 from onebase.training.finish import Outcome, finish
 from onebase.training.forecast import forecast
 from onebase.training.loggers import open_loggers, require_loggers
@@ -100,17 +100,19 @@ def train(
             )
         if not isinstance(base, Base):
             base = _agreed_base(config, snapshot, world)
-        job = replace(make_job(base, config, snapshot), world=world)
+        base, data = with_task(base, config)
+        hashed = hash_ahead(base.model)
+        job = replace(make_job(base, config, snapshot, data), world=world)
         # Only once every process has found the folder free does the first one write to it.
         world.agree({**job.facts, "checkpoint": snapshot.progress.step if snapshot else 0})
         if not world.leads:
             with torch.random.fork_rng():
-                return _train(job, None, stop)
+                return _train(job, hashed, None, stop)
         if listener:
             listener(job.plan)
         with process_lock(job.folder / LOCK, wait=False), torch.random.fork_rng():
             open_folder(job.folder, config)
-            return _train(job, listener, stop)
+            return _train(job, hashed, listener, stop)
 
 
 def _check_shard(config: TrainConfig, world: World, base: Base | str | None) -> None:
@@ -262,8 +264,7 @@ class Job:
 
 
 def make_job(base: Base, config: TrainConfig, snapshot: Snapshot | None, data: Data | None = None) -> Job:
-    """Check everything before the first step; `data` are the run's rows where they have been read already."""
-    base, data = with_task(base, config, data)
+    """Check everything before the first step; base and rows (where they have been read) as `with_task` gives them."""
     ready = prepare(base, config, data)
     facts = _facts(base, config, ready)
     if snapshot:
@@ -272,12 +273,9 @@ def make_job(base: Base, config: TrainConfig, snapshot: Snapshot | None, data: D
     return Job(base, config, ready, plan, Path(config.output).expanduser(), snapshot, facts)
 
 
-def _train(job: Job, listener: Listener | None, stop: Callable[[], bool]) -> Run:
+def _train(job: Job, hashing: Future[Hashed], listener: Listener | None, stop: Callable[[], bool]) -> Run:
     torch.manual_seed(job.config.seed)
-    model = job.base.model
-    started = time.perf_counter()
-    digests = base_digests(model)
-    hashing = time.perf_counter() - started
+    model, hashed = job.base.model, hashing.result()
     adapter = first_adapter(job)
     if job.config.shard_base:
         shard(model, job.world)
@@ -290,7 +288,7 @@ def _train(job: Job, listener: Listener | None, stop: Callable[[], bool]) -> Run
     if ended.reason == "interrupted":
         return Run(job.folder, ended.reason, ended.progress)
     adapter, record = finish(
-        job.base, job.folder, Outcome(job.config, job.ready, job.plan, ended, digests, hashing, job.world)
+        job.base, job.folder, Outcome(job.config, job.ready, job.plan, ended, hashed, job.world)
     )
     return Run(job.folder, ended.reason, ended.progress, adapter, record)
 

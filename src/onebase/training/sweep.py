@@ -30,11 +30,11 @@ from onebase.models.engine import Engine
 from onebase.models.engine import Member as Part
 from onebase.models.scoring import Thrift, loss_tokens
 from onebase.training import checkpoint
-from onebase.training.distributed import base_digests, joined
+from onebase.training.distributed import Hashed, hash_ahead, joined
 from onebase.training.finish import Outcome, finish
 from onebase.training.loop import Due, Event, Finished
 from onebase.training.plan import Plan, memory_together, shared_memory
-from onebase.training.prepare import Data
+from onebase.training.prepare import Data, with_task
 from onebase.training.record import json_ready
 from onebase.training.run import (
     LOCK,
@@ -165,7 +165,8 @@ def _jobs(
     data: dict[int, Data] = {}
     jobs: list[Job] = []
     for point, (config, snapshot) in zip(points, starts, strict=True):
-        job = make_job(base, config, snapshot, data.get(config.seed))
+        own, read = with_task(base, config, data.get(config.seed))
+        job = make_job(own, config, snapshot, read)
         data[config.seed] = job.ready.data
         jobs.append(replace(job, name=point.name))
     return jobs
@@ -262,11 +263,7 @@ def _train_group(
     with ExitStack() as stack, torch.random.fork_rng():
         for job in jobs:
             stack.enter_context(process_lock(job.folder / LOCK, wait=False))
-        started = time.perf_counter()
-        digests = base_digests(model)
-        proof = _Proof(
-            digests, time.perf_counter() - started, memory_together(base, [job.plan for job in jobs])
-        )
+        proof = _Proof(hash_ahead(model).result(), memory_together(base, [job.plan for job in jobs]))
         members = [_start(job, listener, stop) for job in jobs]
         with ExitStack() as carried:
             for member in members:
@@ -322,10 +319,9 @@ def _give(engine: Engine, waiting: Sequence[tuple[_Member, Due]]) -> None:
 
 
 class _Proof(NamedTuple):
-    """The base's digests before the first step, the seconds that they took, and the group's estimated memory."""
+    """The base's digests before the first step, and the group's estimated memory."""
 
-    digests: Mapping[str, str]
-    hashing: float
+    hashed: Hashed
     memory: int
 
 
@@ -337,8 +333,8 @@ def _finished(member: _Member, proof: _Proof) -> Run | OnebaseError:
     assert ended is not None
     if ended.reason == "interrupted":
         return Run(job.folder, ended.reason, ended.progress)
-    plan = replace(job.plan, memory=proof.memory)
-    outcome = Outcome(job.config, job.ready, plan, ended, proof.digests, proof.hashing)
+    plan = replace(job.plan, running=proof.memory)
+    outcome = Outcome(job.config, job.ready, plan, ended, proof.hashed)
     try:
         return Run(job.folder, ended.reason, ended.progress, *finish(job.base, job.folder, outcome))
     except OnebaseError as error:

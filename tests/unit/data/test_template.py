@@ -315,3 +315,29 @@ def test_overlong_rows(gpt):
         run(gpt, long, context=10, overlong="drop")
     with pytest.raises(ConfigError, match="max_length=11"):
         run(gpt, short, context=10, max_length=11)
+
+
+# -- Work that is not done twice.
+
+
+class Counting:
+    """A tokenizer that remembers the texts it was asked for."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.asked = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.asked += [text] if isinstance(text, str) else text
+        return self.tokenizer(text, **options)
+
+
+def test_a_prompt_that_rows_share_is_tokenised_once(gpt):
+    counting = Counting(gpt)
+    rows = [Example(n, prompt="Is it true?", completion=text) for n, text in enumerate(("yes", "no", "yes"))]
+    found = run(counting, *rows)
+    assert sorted(counting.asked) == sorted({"a", "Is it true?\n", "Is it true?\nyes", "Is it true?\nno"})
+    assert found.rows == [one(gpt, row) for row in rows]
+    assert found.rows[0].ids is not found.rows[2].ids  # each row's tokens are its own

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onebase.data.pack import pack, targets
 from onebase.data.template import Encoded
-from onebase.data.trie import SHORTEST, Node, layout, stored_tokens
+from onebase.data.trie import SHORTEST, Node, filled, filled_length, layout, stored_tokens
 
 SHORT = st.integers(1, 5)
 
@@ -179,3 +179,31 @@ def test_a_thousand_nested_rows():
     made = layout(rows, True, 1)
     assert stored_tokens([made]) == 1199
     assert made.nodes[-1] == Node(1197, 2, 598)
+
+
+def test_filled_lengths_by_hand():
+    assert [filled_length(n) for n in (0, 1, 8, 9, 511, 512, 513, 1023, 1025, 5000)] == [
+        *(0, 8, 8, 16, 512, 512, 528, 1024, 1056, 5120)
+    ]
+
+
+@given(st.integers(1, 10**6))
+def test_a_filled_length_is_near_and_one_of_few(tokens):
+    found = filled_length(tokens)
+    assert tokens <= found < tokens + max(8, tokens // 32 + 1)
+    assert filled_length(found) == found
+    assert len({filled_length(n) for n in range(tokens, 2 * tokens, max(1, tokens // 500))}) <= 34
+
+
+@given(alike_rows())
+def test_a_filled_layout_begins_with_the_layout_and_its_rest_is_a_row_without_targets(rows):
+    made = layout(rows, True, 2)
+    more = filled(made)
+    count, whole = len(made.ids), len(more.ids)
+    assert whole == filled_length(count)
+    assert torch.equal(more.ids[:count], made.ids)
+    assert more.positions.tolist() == [*made.positions.tolist(), *range(whole - count)]
+    assert more.nodes[: len(made.nodes)] == made.nodes
+    assert more.nodes[len(made.nodes) :] == (((count, whole - count, -1),) if whole > count else ())
+    assert torch.equal(more.columns, made.columns)
+    assert torch.equal(more.targets, made.targets)

@@ -165,3 +165,18 @@ def test_a_base_without_text_is_an_error():
         generate(wrap_base(tiny("llama")), "Hi")
     with pytest.raises(BaseError, match="kind encoder"):
         generate(wrap_base(tiny("bert"), tokenizer=None), "Hi")
+
+
+def test_the_heads_product_needs_no_copies_of_the_head(base):
+    """A slice with gaps between its rows would make torch copy the weight for each row of a batch."""
+    shapes = []
+
+    def watch(module, inputs, output):
+        shapes.append((tuple(inputs[0].shape), inputs[0].is_contiguous()))
+
+    hook = base.model.lm_head.register_forward_hook(watch)
+    try:
+        list(generate_ids(base, PROMPTS, Sampling(max_new_tokens=2)))
+    finally:
+        hook.remove()
+    assert shapes == [((len(PROMPTS), 1, 32), True)] * 2

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapters import trained
-from onebase.adapters.injection import eject, inject, trainable, use
+from onebase.adapters.adapter import Origin
+from onebase.adapters.injection import eject, inject, new_adapter, trainable, use
 from onebase.config import LoraConfig, OptimConfig
 from onebase.data.template import Encoded
 from onebase.device import pick_device
@@ -25,7 +26,16 @@ from onebase.evaluation import mean_loss
 from onebase.models.base import wrap_base
 from onebase.models.scoring import Scorer, Way, scorer
 from onebase.training import distributed
-from onebase.training.distributed import World, base_digests, joined, local_bytes, shard, shares, spread
+from onebase.training.distributed import (
+    World,
+    base_digests,
+    hash_ahead,
+    joined,
+    local_bytes,
+    shard,
+    shares,
+    spread,
+)
 from onebase.training.optim import make_optimizer
 from onebase.training.step import train_step
 from tiny import tiny
@@ -132,7 +142,8 @@ def checks(folder):
 def pair(tmp_path_factory):
     """The findings of two processes."""
     folder = tmp_path_factory.mktemp("pair")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, __file__, str(folder)],
@@ -253,3 +264,17 @@ def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
 
 if __name__ == "__main__":
     checks(sys.argv[1])
+
+
+def test_hashing_ahead_gives_the_bases_digests_whatever_is_put_onto_it_meanwhile():
+    base = wrap_base(tiny("llama"))
+    before = base_digests(base.model)
+    ahead = hash_ahead(base.model)
+    inject(
+        base.model,
+        new_adapter(base.model, LoraConfig(rank=2, modules_to_save=("lm_head",)), 0, Origin()),
+        "x",
+    )
+    found = ahead.result()
+    assert found.digests == before
+    assert found.seconds > 0

@@ -1,9 +1,12 @@
 """The plan's numbers, each counted a second way."""
 
+from dataclasses import replace
+
 import pytest
 
 from onebase.adapters.injection import new_adapter
 from onebase.config import TrainConfig, build
+from onebase.data.trie import filled_length
 from onebase.training.loop import total_steps
 from onebase.training.plan import make_plan
 from onebase.training.prepare import prepare
@@ -76,11 +79,23 @@ def test_steps_by_hand(case):
 
 def test_memory_grows_with_what_it_is_for(planned, base):
     """An estimate: its parts can be checked, its truth only on a real run."""
-    small, _, _ = planned(rank=2, batch_size=1)
+    small, ready, _ = planned(rank=2, batch_size=1)
     wide, _, _ = planned(rank=2, batch_size=8)
     ranked, _, _ = planned(rank=16, batch_size=1)
     assert small.memory > base.stored_bytes
     assert wide.memory > small.memory
-    assert ranked.memory - small.memory == 16 * (ranked.trainable - small.trainable)
+    tokens = filled_length(max(len(row.ids) for row in ready.data.train_rows.rows))
+    more = 4 * tokens * 14 * len(ready.coverage.targets)  # a token's x·Aᵀ, rank 16 instead of 2
+    assert ranked.memory - small.memory == 16 * (ranked.trainable - small.trainable) + more
+    thrifty, _, _ = planned(rank=2, batch_size=8, recompute=True)
+    assert small.memory < thrifty.memory < wide.memory
     padded, _, _ = planned(rank=2, batch_size=8, engine="padded")
     assert padded.memory >= wide.memory
+
+
+def test_a_base_that_was_stored_in_another_dtype_is_held_twice_while_it_opens(planned, base):
+    plan, ready, config = planned(batch_size=1)
+    assert plan.opening < plan.running == plan.memory  # stored as it is used
+    converted = make_plan(replace(base, stored_bytes=1 << 40), config, ready)
+    assert converted.memory == converted.opening
+    assert converted.opening - plan.opening == 1 << 40
