@@ -20,7 +20,7 @@ from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
 from onebase.models.stored import sources_of
 from onebase.models.vocabulary import tokenizer_files
-from onebase.storage.format import load_adapter, read_stored
+from onebase.storage.format import load_adapter, read_files, read_stored
 from onebase.storage.shards import list_tensors, read_tensor
 from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged
 
@@ -61,7 +61,8 @@ def open_pair(
 
     Of the base's weights it reads those that the adapter carries a copy of.
     """
-    stored = read_stored(adapter)
+    files = read_files(adapter)
+    stored = read_stored(files)
     skeleton = open_skeleton(base, _paths(stored.adapter))
     infos = {info.name: info for info in skeleton.tensors}
     copied = {
@@ -70,7 +71,7 @@ def open_pair(
         if name in skeleton.stored
     }
     skeleton.model.load_state_dict(copied, strict=False, assign=True)
-    return skeleton, load_adapter(adapter, skeleton, allow_base_mismatch)
+    return skeleton, load_adapter(files, skeleton, allow_base_mismatch)
 
 
 def _paths(adapter: Adapter) -> list[str]:

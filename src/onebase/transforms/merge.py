@@ -275,8 +275,11 @@ def _not_a_float(name: str, info: TensorInfo) -> str:
     return f"{name}: stored as {info.dtype}, which cannot carry an update"
 
 
-def changed_tensor(weight: Tensor, change: Direct) -> Tensor:
-    """The merged tensor: computed in float32 (float64 for float64), cast once to the weight's dtype."""
+def changed_tensor(weight: Tensor, change: Direct, in_place: bool = False) -> Tensor:
+    """The merged tensor: computed in float32 (float64 for float64), cast once to the weight's dtype.
+
+    `in_place`: the weight's memory may become the result's, which saves a copy.
+    """
     if isinstance(change, Tensor):
         return change.to(weight.device, weight.dtype, copy=True)
     if isinstance(change, Shift):
@@ -285,7 +288,7 @@ def changed_tensor(weight: Tensor, change: Direct) -> Tensor:
     if isinstance(change, Rows):
         return _with_rows(weight.detach(), change)
     here = {name: tensor.to(weight.device) for name, tensor in change.tensors().items()}
-    return merged_weight(weight.detach(), change._replace(**here)).contiguous()
+    return merged_weight(weight.detach(), change._replace(**here), in_place).contiguous()
 
 
 def _with_rows(weight: Tensor, change: Rows) -> Tensor:
