@@ -22,7 +22,7 @@ from onebase.models.stored import sources_of
 from onebase.models.vocabulary import tokenizer_files
 from onebase.storage.format import load_adapter, read_files, read_stored
 from onebase.storage.shards import list_tensors, read_tensor
-from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged
+from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged, stored_name
 
 PROMPTS = (
     "The capital of France is",
@@ -66,9 +66,9 @@ def open_pair(
     skeleton = open_skeleton(base, _paths(stored.adapter))
     infos = {info.name: info for info in skeleton.tensors}
     copied = {
-        name: read_tensor(infos[skeleton.stored[name]])
+        name: read_tensor(infos[owner])
         for name in stored.base_copies
-        if name in skeleton.stored
+        if (owner := stored_name(skeleton, name))
     }
     skeleton.model.load_state_dict(copied, strict=False, assign=True)
     return skeleton, load_adapter(files, skeleton, allow_base_mismatch)
@@ -106,7 +106,8 @@ def open_skeleton(folder: str | Path, paths: Iterable[str] = ()) -> Skeleton:
         tensors=tensors,
         stored=sources.plain,
         ties=model.all_tied_weights_keys,
-        unties=not loose.tie_word_embeddings,
+        # Encoder-decoders scale their output by the setting (Switch, UMT5), or force it (T5).
+        unties=not loose.tie_word_embeddings and not config.is_encoder_decoder,
         fingerprint=fingerprint_files(folder),
         fusions=sources.fusions,
     )
