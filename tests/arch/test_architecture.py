@@ -26,7 +26,8 @@ ORDER = """
     ops.reference  ops.attention  ops.grouped
     adapters.adapter  adapters.kinds  adapters.patterns  adapters.variants  adapters.layers  adapters.targets
     adapters.tokens  adapters.fitting  adapters.injection  adapters.calibration
-    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_experts  storage.shards
+    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_biases  storage.peft_experts
+    storage.shards
     storage.adapter_files  storage.format
     storage.alike
     transforms.combining  transforms.arithmetic  transforms.merge  transforms.merge_files  transforms.extraction

@@ -59,7 +59,7 @@ def open_pair(
 ) -> tuple[Skeleton, Adapter]:
     """A base without weights, and an adapter's folder as `load_adapter` proves that it belongs to it.
 
-    Of the base's weights it reads those that the adapter carries a copy of.
+    Of the base's weights it reads those that the adapter carries a copy of, and the vectors beside a copied bias.
     """
     files = read_files(adapter)
     stored = read_stored(files)
@@ -67,11 +67,19 @@ def open_pair(
     infos = {info.name: info for info in skeleton.tensors}
     copied = {
         name: read_tensor(infos[owner])
-        for name in stored.base_copies
+        for name in (*stored.base_copies, *_beside_biases(skeleton.model, stored.base_copies))
         if (owner := stored_name(skeleton, name))
     }
     skeleton.model.load_state_dict(copied, strict=False, assign=True)
     return skeleton, load_adapter(files, skeleton, allow_base_mismatch)
+
+
+def _beside_biases(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The other vectors of the modules that these biases belong to: a norm's weight, not a layer's."""
+    modules = dict(model.named_modules())
+    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
+    found = [(path, n, t) for path in paths if path in modules for n, t in modules[path].state_dict().items()]
+    return [f"{path}.{name}" for path, name, tensor in found if tensor.ndim == 1 and name != "bias"]
 
 
 def _paths(adapter: Adapter) -> list[str]:

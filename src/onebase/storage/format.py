@@ -29,6 +29,7 @@ from onebase.errors import (
 )
 from onebase.files import atomic_file, atomic_folder, write_text
 from onebase.storage.adapter_files import CONFIG, SIDECAR, TENSORS, Files, broken, read_files
+from onebase.storage.peft_biases import with_biases
 from onebase.storage.peft_config import (
     from_peft,
     holds_biases,
@@ -45,7 +46,6 @@ from onebase.storage.peft_tensors import (
     sort_tensors,
     target_names,
     to_peft_tensors,
-    with_biases,
     without_idle,
 )
 from onebase.storage.peft_tokens import missing_rows, take_rows, to_peft_rows
@@ -211,12 +211,13 @@ def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set
 def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder without a base; only `load_adapter` can tell whether it fits one.
 
-    Raises FormatError also for PEFT's bias="lora_only", whose biases mean nothing without the base's.
+    Raises FormatError also for PEFT's bias="lora_only" and "all", whose biases mean nothing without the base's.
     """
     stored = read_stored(folder)
     if holds_biases(stored.raw) and any(name.endswith(".bias") for name in stored.base_copies):
         found = (
-            "it stores trained biases whole (bias='lora_only'), so the base is needed to tell what was added"
+            f"it stores trained biases whole (bias={stored.raw['bias']!r}), so the base is needed to tell what "
+            "was added"
         )
         hint = f"rewrite it once with its base: onebase export {folder} --to peft --base BASE --output NEW"
         raise FormatError(f"read {folder}", found, hint=hint)
@@ -251,13 +252,16 @@ def read_stored(folder: str | Path | Files, model: nn.Module | None = None) -> S
         raise FormatError(f"read {folder / CONFIG}", str(error)) from error
     lowrank, misfits = lowrank_updates(lows, at, config, raw)
     problems += misfits
+    adapter = Adapter(config, lowrank, parts.full, origin_of(raw, sidecar, metadata), rows.tokens)
     if modules is not None and holds_biases(raw):
-        lowrank, config, misfits = with_biases(lowrank, config, parts.copies, modules)
+        adapter, misfits = with_biases(adapter, parts.copies, modules)
         problems += misfits
+        if adapter.lowrank.keys() != lowrank.keys():
+            targets = list(adapter.config.target_modules)
+            raw = raw | {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None}
     if problems:
         raise broken(folder, problems)
-    origin = origin_of(raw, sidecar, metadata)
-    return Stored(Adapter(config, lowrank, parts.full, origin, rows.tokens), raw, parts.copies)
+    return Stored(adapter, raw, parts.copies)
 
 
 def _ordered_parameters(
