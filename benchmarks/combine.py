@@ -1,8 +1,9 @@
 """Combining two rank-16 adapters: ours against PEFT's add_weighted_adapter, for each method that both have.
 
-The modules have SmolLM2-135M's shapes, in as many layers as `--layers` says (the work is the same in each). Ours
-takes two adapters and no base; the peer combines them on a model, whose loading is not counted. The gate: the updates
-of both are the same. DARE draws at random, each its own way, so its updates are compared where it drops nothing.
+The adapters are for all linear layers of SmolLM2-135M; `--layers N` takes a random model of its shapes with N layers.
+Ours takes two adapters and no base; the peer combines them on a model, whose loading is not counted. The gate: the
+updates of both are the same. DARE draws at random, each its own way, so its updates are compared in runs of their own
+where it drops nothing. Most of the time is the peer's: six of its methods decompose every update in full.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import (
+    SIDES,
     Gate,
     Numbers,
     Result,
@@ -33,6 +36,7 @@ from benchmarks.common import (
 from onebase.adapters.adapter import Adapter
 from onebase.config import Recipe
 from onebase.models.base import locate_base
+from onebase.models.merging import open_skeleton
 from onebase.ops.lowrank import update
 from onebase.storage.format import read_adapter, save_adapter
 from onebase.transforms.arithmetic import combine
@@ -48,14 +52,16 @@ def recipe_of(method: str, density: float) -> Recipe:
     return Recipe(method, density=density) if "density" in METHODS[method].reads else Recipe(method)
 
 
-def make(folder: Path, layers: int) -> None:
-    """A model folder of the base's shapes, and two adapters for it."""
-    config = AutoConfig.from_pretrained(locate_base("smollm2-135m"))
-    config.num_hidden_layers = layers
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder / "model")
-    first = random_update(model)
+def make(folder: Path, layers: int) -> Path:
+    """Two adapters for the base, or for a random model of its shapes; returns the model's folder."""
+    base = locate_base("smollm2-135m")
+    if layers:
+        config = AutoConfig.from_pretrained(base)
+        config.num_hidden_layers = layers
+        torch.manual_seed(0)
+        base = folder / "model"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(base)
+    first = random_update(open_skeleton(base).model)
     save_adapter(first, folder / "0")
     draw = torch.Generator().manual_seed(1)
     low = {
@@ -63,26 +69,51 @@ def make(folder: Path, layers: int) -> None:
         for path, one in first.lowrank.items()
     }
     save_adapter(replace(first, lowrank=low), folder / "1")
+    return base
 
 
-def ours(folder: Path, method: str, density: float, result: Path) -> Numbers:
+class Job(NamedTuple):
+    """What one process does: combine the folder's two adapters, and write the result into it."""
+
+    base: Path
+    folder: Path
+    method: str
+    density: float
+    name: str  # of the result
+
+    def result(self, side: str) -> Path:
+        return self.folder / f"{self.name}-{side}"
+
+    def run(self, side: str) -> Numbers:
+        return in_fresh_process(__file__, side, "--work", *map(str, self))
+
+    def difference(self) -> float:
+        """Of the two sides' updates, relative to each update's largest value."""
+        return largest_difference(
+            read_adapter(self.result("ours")), read_adapter(self.result("peer") / "both")
+        )
+
+
+def ours(job: Job) -> Numbers:
+    folder, method, density = job.folder, job.method, job.density
     pair = [read_adapter(folder / name) for name in ("0", "1")]
     with measured() as found:
         both = combine(pair, WEIGHTS, recipe_of(method, density))
-    save_adapter(both, result)
+    save_adapter(both, job.result("ours"), overwrite=True)
     return found
 
 
-def peer(folder: Path, method: str, density: float, result: Path) -> Numbers:
+def peer(job: Job) -> Numbers:
+    folder, method, density = job.folder, job.method, job.density
     warnings.simplefilter("ignore")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "0", adapter_name="first")
     model.load_adapter(folder / "1", adapter_name="second")
     with measured() as found:
         model.add_weighted_adapter(
             ["first", "second"], list(WEIGHTS), "both", combination_type=method, density=density
         )
-    model.save_pretrained(result, selected_adapters=["both"])
+    model.save_pretrained(job.result("peer"), selected_adapters=["both"])
     return found
 
 
@@ -94,36 +125,23 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+def compare(job: Job, runs: int) -> tuple[dict[str, dict[str, float]], float]:
+    """The medians of each side, and the largest relative difference of their updates."""
+    found = alternate(runs, job.run)
+    if "dare" in job.method:
+        job = job._replace(density=1.0, name=f"{job.name}-whole")
+        for side in SIDES:
+            job.run(side)
+    return {side: medians(numbers) for side, numbers in found.items()}, job.difference()
+
+
 def main(options: argparse.Namespace) -> None:
+    methods = options.methods.split(",") if options.methods else list(METHODS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make(folder, options.layers)
-
-        def run(side: str, method: str, density: float, name: str) -> Numbers:
-            return in_fresh_process(__file__, side, "--work", str(folder), method, str(density), name)
-
-        def difference(method: str) -> float:
-            density, exact = DENSITY, f"exact-{method}"
-            if "dare" in method:
-                density = 1.0
-            for side in ("ours", "peer"):
-                run(side, method, density, f"{exact}-{side}")
-            read = [
-                read_adapter(folder / f"{exact}-ours"),
-                read_adapter(folder / f"{exact}-peer" / "both"),
-            ]
-            return largest_difference(*read)
-
-        methods = options.methods.split(",") if options.methods else list(METHODS)
-        differences = {method: difference(method) for method in methods}
-        found = {}
-        for method in methods:
-            counter = iter(range(2 * options.runs))
-            runs = alternate(
-                options.runs,
-                lambda side, m=method, c=counter: run(side, m, DENSITY, f"{m}-{side}-{next(c)}"),
-            )
-            found[method] = {side: medians(numbers) for side, numbers in runs.items()}
+        base = make(folder, options.layers)
+        both = {m: compare(Job(base, folder, m, DENSITY, m), options.runs) for m in methods}
+    found, differences = {m: b[0] for m, b in both.items()}, {m: b[1] for m, b in both.items()}
     rows = [
         (
             method,
@@ -135,7 +153,7 @@ def main(options: argparse.Namespace) -> None:
         for method, both in found.items()
     ]
     head = ("method", "onebase (s)", "PEFT (s)", "ratio", "largest difference")
-    show(f"combine two adapters, {options.layers} layers, median of {options.runs}", head, rows)
+    show(f"combine two adapters, {options.layers or 'all'} layers, median of {options.runs}", head, rows)
     mine, theirs = (
         {
             "seconds": sum(both[side]["seconds"] for both in found.values()),
@@ -148,18 +166,18 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__, runs=3)
-    arguments.add_argument("--layers", type=int, default=2, help="layers of the model (default: 2)")
+    arguments = parser(__doc__, runs=1)
+    arguments.add_argument(
+        "--layers", type=int, default=0, help="layers of a random model (default: the base's)"
+    )
     arguments.add_argument(
         "--methods", default="", help="some methods, with commas between them (default: all)"
     )
-    arguments.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    arguments.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.side:
-        place, method, density, name = given.work
-        done = {"ours": ours, "peer": peer}[given.side](
-            Path(place), method, float(density), Path(place) / name
-        )
-        print(json.dumps(done))
+        base, place, method, density, name = given.work
+        job = Job(Path(base), Path(place), method, float(density), name)
+        print(json.dumps({"ours": ours, "peer": peer}[given.side](job)))
     else:
         main(given)

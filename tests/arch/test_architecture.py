@@ -26,7 +26,9 @@ ORDER = """
     ops.reference  ops.attention  ops.grouped
     adapters.adapter  adapters.kinds  adapters.patterns  adapters.variants  adapters.layers  adapters.targets
     adapters.tokens  adapters.fitting  adapters.injection  adapters.calibration
-    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_experts  storage.shards  storage.format
+    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_biases  storage.peft_experts
+    storage.shards
+    storage.adapter_files  storage.format
     storage.alike
     transforms.combining  transforms.arithmetic  transforms.merge  transforms.merge_files  transforms.extraction
     transforms.export
@@ -61,7 +63,7 @@ STRANGERS = [
 # Foreign package -> where alone it may be imported; nowhere for an empty tuple.
 HOMES = {
     "transformers": ("models.",),
-    "safetensors": ("storage.format", "storage.shards"),
+    "safetensors": ("storage.adapter_files", "storage.format", "storage.shards"),
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
     "gguf": ("models.gguf_adapter",),

@@ -277,7 +277,7 @@ def set_config(**values: object):
         (put_nan, (f"{B}: holds NaN",)),
         (pickle_it, ("only adapter_model.bin, a pickle",)),
         (disguise_pickle, ("a pickle under a safetensors name",)),
-        (set_config(use_qalora=True, bias="all"), ("use_qalora=True", "bias='all'")),
+        (set_config(use_qalora=True, bias="some"), ("use_qalora=True", "bias='some'")),
         (set_config(init_lora_weights="pissa"), ("init_lora_weights='pissa'",)),
         (set_config(r="four"), ("r='four'", "must be int")),
         (set_config(r=2), ("the config says rank 2",)),

@@ -92,7 +92,6 @@ def test_we_read_what_peft_saves(arch, variant, tmp_path):
 
 
 REFUSED = {
-    "bias=": {"bias": "all"},
     "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
     "init_lora_weights='olora'": {"init_lora_weights": "olora"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},

@@ -11,15 +11,20 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from merges import load, save
 from onebase.adapters.injection import injected, use
 from onebase.errors import FormatError
 from onebase.models.base import wrap_base
+from onebase.models.merging import plan_merge
+from onebase.storage.adapter_files import TENSORS
 from onebase.storage.format import load_adapter, read_adapter, save_adapter
 from onebase.transforms.merge import merged
-from tiny import tiny, tiny_inputs
+from onebase.transforms.merge_files import merge_files
+from tiny import output, some_ids, tiny, tiny_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
 
@@ -62,6 +67,10 @@ def grouped(channels, out, groups):
 FLOATS, IDS = torch.arange(90.0).reshape(9, 10) / 30, torch.arange(90).reshape(45, 2)
 MODELS = {
     "mlp": lambda: (Layers(None, lin0=nn.Linear(10, 20), lin1=nn.Linear(20, 2)), FLOATS),
+    "normed": lambda: (
+        Layers(None, lin0=nn.Linear(10, 20), norm=nn.LayerNorm(20), lin1=nn.Linear(20, 2)),
+        FLOATS,
+    ),
     "embedding": lambda: (
         Layers(None, emb=nn.Embedding(100, 5), conv1d=Conv1D(1, 5), flat=nn.Flatten(), lin0=nn.Linear(2, 2)),
         IDS,
@@ -79,6 +88,7 @@ MODELS = {
     "parameters": lambda: (Layers(None, lin0=OwnLinear(10, 20), lin1=OwnLinear(20, 2)), FLOATS),
 }
 LIN0, DORA, ALPHA = {"target_modules": ["lin0"]}, {"use_dora": True}, {"lora_alpha": 32}
+ONLY, ALL = {"bias": "lora_only"}, {"bias": "all"}
 BIAS, BOTH = {"lora_bias": True, "lora_alpha": 32}, {"target_modules": ["lin0", "lin1"]}
 
 
@@ -131,7 +141,6 @@ REFUSED = [
         BOTH | {"use_bdlora": BdLoraConfig(target_modules_bd_b=["lin1"], nblocks=2, match_strict=False)},
         "use_bdlora",
     ),
-    ("mlp", LIN0 | {"bias": "all"}, "bias='all'"),
     ("mlp", on("lin0") | {"init_lora_weights": "pissa", "r": 4}, "init_lora_weights='pissa'"),
     ("mlp", on("lin0") | {"init_lora_weights": "olora", "r": 4}, "init_lora_weights='olora'"),
     *(
@@ -191,13 +200,24 @@ def test_an_adapter_that_is_not_computed_is_refused_by_name(name, settings, told
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("mlp", BOTH), ("mlp", LIN0 | BIAS), ("conv2d", on("conv2d", "lin0")), ("embedding", on("emb", "lin0"))],
+    [
+        ("mlp", BOTH | ONLY),
+        ("mlp", LIN0 | BIAS | ONLY),
+        ("conv2d", on("conv2d", "lin0") | ONLY),
+        ("embedding", on("emb", "lin0") | ONLY),
+        ("mlp", LIN0 | ALL),  # lin1 has no update
+        ("mlp", {"target_modules": "lin0", "rank_pattern": {"lin1": 1}, "use_rslora": True} | ALL),
+        ("normed", on("lin1") | ALL),
+        ("normed", on("lin1") | {"modules_to_save": ["norm"]} | ALL),
+        ("conv2d", on("lin0") | ALL),
+        ("embedding", on("emb") | ALL),
+    ],
     ids=label,
 )
-def test_trained_biases_of_the_targets_become_a_part_of_the_update(name, settings, tmp_path):
-    """bias="lora_only" stores whole biases; here they are lora_bias, which PEFT reads as the same."""
+def test_trained_biases_become_a_part_of_the_updates(name, settings, tmp_path):
+    """bias="lora_only" and "all" store whole biases; here they are lora_bias, which PEFT reads as the same."""
     model, x = build(name)
-    theirs = saved(model, {"r": 2, **settings, "bias": "lora_only"}, tmp_path / "a")
+    theirs = saved(model, {"r": 2, **settings}, tmp_path / "a")
     adapter = load_adapter(tmp_path / "a", wrap_base(model))
     assert adapter.config.lora_bias
     save_adapter(adapter, tmp_path / "b")
@@ -216,8 +236,43 @@ def test_trained_biases_of_the_targets_become_a_part_of_the_update(name, setting
         read_adapter(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_every_bias_of_a_transformer(name, tmp_path):
+    """Those that training left alone are no part of the adapter; norms are small, and trained in full."""
+    model, ids = tiny(name), some_ids()
+    theirs = saved(
+        model, {"r": 2, "target_modules": [{"bert": "query", "gpt2": "c_attn"}[name]]} | ALL, tmp_path / "a"
+    )
+    adapter = load_adapter(tmp_path / "a", wrap_base(model))
+    norm = {"bert": "encoder.layer.0.output.LayerNorm", "gpt2": "transformer.h.0.ln_1"}[name]
+    assert adapter.full[norm].keys() == {"weight", "bias"}
+    assert not any(t.ndim > 1 for state in adapter.full.values() for t in state.values())
+    save_adapter(adapter, tmp_path / "b")
+    assert load_adapter(tmp_path / "b", wrap_base(model)) == adapter
+    base = save(model, tmp_path / "base")
+    whole = load(merge_files(plan_merge(base, tmp_path / "a"), tmp_path / "whole"), type(model))
+    with injected(model, adapter), torch.no_grad():
+        expected = output(theirs, ids)
+        torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output(whole, ids), expected, rtol=1e-4, atol=1e-4)
+        again = PeftModel.from_pretrained(tiny(name), tmp_path / "b").eval()
+        torch.testing.assert_close(output(again, ids), expected, rtol=1e-4, atol=1e-4)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    own = {n: t for n, t in model.state_dict().items() if n.endswith(".bias")}
+    still = {f"base_model.model.{n}": t for n, t in own.items() if f"base_model.model.{n}" in tensors}
+    save_file(tensors | still, tmp_path / "a" / TENSORS)
+    assert load_adapter(tmp_path / "a", wrap_base(model)).full == {}
+
+
 def test_trained_biases_that_have_no_place(tmp_path):
     model, _ = build("mlp")
+    attention, _ = build("mha")
+    saved(attention, LIN0 | ALL, tmp_path / "mha")
+    with pytest.raises(FormatError, match=r"mha\.out_proj\.bias: a trained bias of a NonDynamicallyQ"):
+        load_adapter(tmp_path / "mha", wrap_base(attention))
+    saved(model, LIN0 | DORA | ALL, tmp_path / "dora all")
+    with pytest.raises(FormatError, match=r"lin1\.bias: a trained bias beside DoRA"):
+        load_adapter(tmp_path / "dora all", wrap_base(model))
     saved(model, LIN0 | {"bias": "lora_only"}, tmp_path / "a")
     saved(model, LIN0 | DORA | {"bias": "lora_only"}, tmp_path / "dora")
     with pytest.raises(FormatError, match=r"lin0\.bias: a trained bias beside DoRA"):

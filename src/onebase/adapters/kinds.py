@@ -173,11 +173,14 @@ def _parameter_site(owner: str, name: str, module: nn.Module) -> Site | None:
     return Site(owner, name, "parameter_transposed" if turned else "parameter", shape, blocks)
 
 
-def merged_weight(weight: Tensor, low: LowRank) -> Tensor:
-    """W + s·B·A (with DoRA's magnitude, if any) in the base layer's own shape and orientation."""
+def merged_weight(weight: Tensor, low: LowRank, in_place: bool = False) -> Tensor:
+    """W + s·B·A (with DoRA's magnitude, if any) in the base layer's own shape and orientation.
+
+    `in_place`: the weight's memory may become the result's; there is no way back, and no gradient.
+    """
     transposed = KINDS[low.kind].transposed
     rows = weight.transpose(-1, -2) if transposed else weight
-    merged = effective_weight(rows.reshape(low.B.shape[0], -1), low.factors, low.magnitude)
+    merged = effective_weight(rows.reshape(low.B.shape[0], -1), low.factors, low.magnitude, in_place)
     merged = merged.reshape(rows.shape)
     return merged.transpose(-1, -2) if transposed else merged
 

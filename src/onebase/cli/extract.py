@@ -22,7 +22,8 @@ from onebase.errors import OutputError, OutputExists
 from onebase.files import require_writable
 from onebase.models.base import family_of, locate_base
 from onebase.models.merging import TunedCheck, check_tuned, open_skeleton
-from onebase.storage.format import CONFIG, save_adapter
+from onebase.storage.adapter_files import CONFIG
+from onebase.storage.format import save_adapter
 from onebase.training.report import count
 from onebase.transforms.extraction import Extraction, Fit, extract_difference
 from onebase.transforms.merge import Skeleton

@@ -16,7 +16,8 @@ from onebase.config import build, flatten
 from onebase.data.labels import Head
 from onebase.errors import ConfigError
 from onebase.ops.lowrank import update
-from onebase.storage.format import TENSORS, read_adapter
+from onebase.storage.adapter_files import TENSORS
+from onebase.storage.format import read_adapter
 from onebase.training.report import count, plain, size
 
 VARIANTS = {"rslora": "rsLoRA", "dora": "DoRA", "lora_bias": "with bias"}

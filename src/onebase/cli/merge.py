@@ -48,8 +48,8 @@ def _written(plan: MergePlan, output: Path) -> list[tuple[str, str]]:
     ]
     if "vocab_size" in plan.settings:
         rows.append(("token rows", f"in place; the vocabulary has {plan.settings['vocab_size']} rows"))
-    if "tie_word_embeddings" in plan.settings:
-        rows.append(("embeddings", "no longer tied: the adapter changes only one of them"))
+    if plan.untied:
+        rows.append(("no longer tied", f"{', '.join(plan.untied)}: the adapter does not change all alike"))
     return rows
 
 

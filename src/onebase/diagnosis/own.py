@@ -10,7 +10,7 @@ from typing import Any
 from onebase.adapters.targets import pattern_value
 from onebase.diagnosis.case import Case, Finding, some
 from onebase.diagnosis.salvage import number, pattern
-from onebase.storage.format import TENSORS
+from onebase.storage.adapter_files import TENSORS
 from onebase.storage.peft_config import is_refused, type_problems
 from onebase.storage.shards import DTYPES
 

@@ -17,7 +17,8 @@ from onebase.adapters.variants import scaling
 from onebase.diagnosis.names import PREFIX, repair
 from onebase.errors import ConfigError, MissingFile, OnebaseError, nearest
 from onebase.options import fits, require_pattern
-from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel, Stored, load_adapter, read_stored
+from onebase.storage.adapter_files import CONFIG, SIDECAR, TENSORS
+from onebase.storage.format import HasModel, Stored, load_adapter, read_stored
 from onebase.storage.shards import TensorInfo, list_tensors, read_tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -20,9 +20,9 @@ from onebase.models.fingerprint import fingerprint_files
 from onebase.models.gguf import quiet
 from onebase.models.stored import sources_of
 from onebase.models.vocabulary import tokenizer_files
-from onebase.storage.format import load_adapter, read_stored
+from onebase.storage.format import load_adapter, read_files, read_stored
 from onebase.storage.shards import list_tensors, read_tensor
-from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged
+from onebase.transforms.merge import MergePlan, Skeleton, make_plan, merged, stored_name
 
 PROMPTS = (
     "The capital of France is",
@@ -59,18 +59,27 @@ def open_pair(
 ) -> tuple[Skeleton, Adapter]:
     """A base without weights, and an adapter's folder as `load_adapter` proves that it belongs to it.
 
-    Of the base's weights it reads those that the adapter carries a copy of.
+    Of the base's weights it reads those that the adapter carries a copy of, and the vectors beside a copied bias.
     """
-    stored = read_stored(adapter)
+    files = read_files(adapter)
+    stored = read_stored(files)
     skeleton = open_skeleton(base, _paths(stored.adapter))
     infos = {info.name: info for info in skeleton.tensors}
     copied = {
-        name: read_tensor(infos[skeleton.stored[name]])
-        for name in stored.base_copies
-        if name in skeleton.stored
+        name: read_tensor(infos[owner])
+        for name in (*stored.base_copies, *_beside_biases(skeleton.model, stored.base_copies))
+        if (owner := stored_name(skeleton, name))
     }
     skeleton.model.load_state_dict(copied, strict=False, assign=True)
-    return skeleton, load_adapter(adapter, skeleton, allow_base_mismatch)
+    return skeleton, load_adapter(files, skeleton, allow_base_mismatch)
+
+
+def _beside_biases(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The other vectors of the modules that these biases belong to: a norm's weight, not a layer's."""
+    modules = dict(model.named_modules())
+    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
+    found = [(path, n, t) for path in paths if path in modules for n, t in modules[path].state_dict().items()]
+    return [f"{path}.{name}" for path, name, tensor in found if tensor.ndim == 1 and name != "bias"]
 
 
 def _paths(adapter: Adapter) -> list[str]:
@@ -105,7 +114,8 @@ def open_skeleton(folder: str | Path, paths: Iterable[str] = ()) -> Skeleton:
         tensors=tensors,
         stored=sources.plain,
         ties=model.all_tied_weights_keys,
-        unties=not loose.tie_word_embeddings,
+        # Encoder-decoders scale their output by the setting (Switch, UMT5), or force it (T5).
+        unties=not loose.tie_word_embeddings and not config.is_encoder_decoder,
         fingerprint=fingerprint_files(folder),
         fusions=sources.fusions,
     )

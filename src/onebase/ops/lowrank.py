@@ -30,8 +30,12 @@ def update(low: Factors) -> Tensor:
     return low.scale * (b @ a).flatten(0, 1)
 
 
-def effective_weight(weight_oi: Tensor, low: Factors, magnitude_o: Tensor | None = None) -> Tensor:
+def effective_weight(
+    weight_oi: Tensor, low: Factors, magnitude_o: Tensor | None = None, in_place: bool = False
+) -> Tensor:
     """W + s·B·A, computed in float32 (float64 for float64) and cast once to W's dtype.
+
+    `in_place`: W's memory may become the result's (it does where W is contiguous); without autograd.
 
     With a magnitude m (DoRA) each row is then given the norm m: m · (W + s·B·A) / |W + s·B·A|, where the norm counts
     as a constant for gradients. Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
@@ -39,7 +43,8 @@ def effective_weight(weight_oi: Tensor, low: Factors, magnitude_o: Tensor | None
     """
     wide = torch.promote_types(weight_oi.dtype, low.A.dtype)
     weight, b, a = (t.to(wide).unflatten(0, (low.blocks, -1)) for t in (weight_oi, low.B, low.A))
-    changed = torch.baddbmm(weight, b, a, alpha=low.scale).flatten(0, 1)  # one pass over W
+    own = weight if in_place and weight.is_contiguous() else None
+    changed = torch.baddbmm(weight, b, a, alpha=low.scale, out=own).flatten(0, 1)  # one pass over W
     if magnitude_o is not None:
         changed = changed * (magnitude_o / changed.detach().norm(dim=1))[:, None]
     return changed.to(weight_oi.dtype)

@@ -19,8 +19,9 @@ from onebase.errors import (
     nearest,
 )
 from onebase.serve.request import NoRoom, UnknownAdapter
+from onebase.storage.adapter_files import CONFIG, SIDECAR, TENSORS
 from onebase.storage.alike import AdapterReader
-from onebase.storage.format import CONFIG, SIDECAR, TENSORS, HasModel
+from onebase.storage.format import HasModel
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, when it was changed, its size, its inode
 

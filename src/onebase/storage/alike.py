@@ -16,7 +16,8 @@ import torch
 
 from onebase.adapters.adapter import Adapter
 from onebase.errors import FormatError, OnebaseError
-from onebase.storage.format import CONFIG, TENSORS, HasModel, load_adapter, origin_of, read_sidecar
+from onebase.storage.adapter_files import CONFIG, TENSORS, read_sidecar
+from onebase.storage.format import HasModel, load_adapter, origin_of
 from onebase.storage.peft_tensors import to_peft_tensors
 from onebase.storage.shards import DTYPES, MAX_HEADER, list_tensors
 

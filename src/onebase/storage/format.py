@@ -10,10 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,22 +25,18 @@ from onebase.errors import (
     BaseMismatch,
     ConfigError,
     FormatError,
-    MissingFile,
     OutputExists,
-    nearest,
 )
 from onebase.files import atomic_file, atomic_folder, write_text
-from onebase.options import fits
+from onebase.storage.adapter_files import CONFIG, SIDECAR, TENSORS, Files, broken, read_files
+from onebase.storage.peft_biases import with_biases
 from onebase.storage.peft_config import (
     from_peft,
     holds_biases,
-    is_refused,
     names_start,
-    refusal_hint,
     saved_modules,
     target_spec,
     to_peft,
-    type_problems,
 )
 from onebase.storage.peft_experts import stacked_experts
 from onebase.storage.peft_tensors import (
@@ -51,14 +46,9 @@ from onebase.storage.peft_tensors import (
     sort_tensors,
     target_names,
     to_peft_tensors,
-    widens,
-    with_biases,
     without_idle,
 )
 from onebase.storage.peft_tokens import missing_rows, take_rows, to_peft_rows
-
-MAX_JSON = 100_000_000  # bytes; as many as safetensors allows its headers
-CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
@@ -131,16 +121,17 @@ class Stored(NamedTuple):
     base_copies: Mapping[str, Tensor]
 
 
-def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool = False) -> Adapter:
+def load_adapter(folder: str | Path | Files, base: HasModel, allow_base_mismatch: bool = False) -> Adapter:
     """Read an adapter and prove that it belongs to this base.
 
     Every tensor that the config promises for this model must be there, none besides, each of the right shape;
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    if _read_config(Path(folder)).get("task_type") == HEAD_TASK:
-        base = base.for_adapter(read_stored(folder).adapter)
-    stored = read_stored(folder, base.model)
+    files = folder if isinstance(folder, Files) else read_files(folder)
+    if files.raw.get("task_type") == HEAD_TASK:
+        base = base.for_adapter(read_stored(files).adapter)
+    stored = read_stored(files, base.model)
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
     problems += fit_problems(base.model, adapter)
     wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
@@ -164,7 +155,9 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
             "(--allow-base-mismatch to go on)"
         )
     if problems:
-        raise BaseMismatch(f"adapter {folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems)))
+        raise BaseMismatch(
+            f"adapter {files.folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems))
+        )
     return with_kinds(base.model, adapter)
 
 
@@ -218,45 +211,40 @@ def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set
 def read_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder without a base; only `load_adapter` can tell whether it fits one.
 
-    Raises FormatError also for PEFT's bias="lora_only", whose biases mean nothing without the base's.
+    Raises FormatError also for PEFT's bias="lora_only" and "all", whose biases mean nothing without the base's.
     """
     stored = read_stored(folder)
     if holds_biases(stored.raw) and any(name.endswith(".bias") for name in stored.base_copies):
         found = (
-            "it stores trained biases whole (bias='lora_only'), so the base is needed to tell what was added"
+            f"it stores trained biases whole (bias={stored.raw['bias']!r}), so the base is needed to tell what "
+            "was added"
         )
         hint = f"rewrite it once with its base: onebase export {folder} --to peft --base BASE --output NEW"
         raise FormatError(f"read {folder}", found, hint=hint)
     return stored.adapter
 
 
-def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
-    """Read a folder that onebase or PEFT wrote. Raises MissingFile, or FormatError that lists every problem.
+def read_stored(folder: str | Path | Files, model: nn.Module | None = None) -> Stored:
+    """What the files of an adapter mean. Raises as `read_files`, or FormatError that lists every problem.
 
-    Factors are widened to float32, which is exact. Nothing is unpickled. The base's model, where it is known, tells
-    which parameters a stored update belongs to; else the order in the config does.
+    Factors are widened to float32, which is exact. The base's model, where it is known, tells which parameters a
+    stored update belongs to; else the order in the config does.
     """
-    folder = Path(folder)
-    raw = _read_config(folder)
-    tensors, metadata = _read_tensors(folder)
-    sidecar = read_sidecar(folder, metadata)
+    files = folder if isinstance(folder, Files) else read_files(folder)
+    folder, raw, tensors, metadata, sidecar, problems = files
     modules = dict(base_modules(model)) if model is not None else None
-    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
-    if odd_types:
-        raise _broken(folder, odd_types)
-    problems = _tensor_problems(tensors)
     rows = take_rows(tensors, raw)
     parts = sort_tensors(rows.others, saved_modules(raw), holds_biases(raw))
-    problems += parts.odd + rows.problems
+    problems = [*problems, *parts.odd, *rows.problems]
     if not parts.lows and not parts.full and not rows.tokens:
         problems.append("it holds no adapter tensor at all")
-        raise _broken(folder, problems)
+        raise broken(folder, problems)
     lows: Mapping[str, Mapping[str, Tensor]] = parts.lows
     if modules is not None:
         lows, raw, misfits = stacked_experts(without_idle(lows, modules), raw, modules)
         if misfits:
-            raise _broken(folder, [*problems, *misfits])
-    raw = raw | _ordered_parameters(raw, sidecar, modules)
+            raise broken(folder, [*problems, *misfits])
+    raw = {**raw, **_ordered_parameters(raw, sidecar, modules)}
     try:
         at = places([*lows], target_spec(raw), modules, ordered=bool(sidecar))
         config = from_peft(raw, sorted(target_names(at)), sidecar.get("start", ""))
@@ -264,13 +252,16 @@ def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
         raise FormatError(f"read {folder / CONFIG}", str(error)) from error
     lowrank, misfits = lowrank_updates(lows, at, config, raw)
     problems += misfits
+    adapter = Adapter(config, lowrank, parts.full, origin_of(raw, sidecar, metadata), rows.tokens)
     if modules is not None and holds_biases(raw):
-        lowrank, config, misfits = with_biases(lowrank, config, parts.copies, modules)
+        adapter, misfits = with_biases(adapter, parts.copies, modules)
         problems += misfits
+        if adapter.lowrank.keys() != lowrank.keys():
+            targets = list(adapter.config.target_modules)
+            raw = raw | {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None}
     if problems:
-        raise _broken(folder, problems)
-    origin = origin_of(raw, sidecar, metadata)
-    return Stored(Adapter(config, lowrank, parts.full, origin, rows.tokens), raw, parts.copies)
+        raise broken(folder, problems)
+    return Stored(adapter, raw, parts.copies)
 
 
 def _ordered_parameters(
@@ -288,93 +279,6 @@ def _ordered_parameters(
     elif not sidecar:
         listed = sorted(listed, key=comes_last)
     return {"target_parameters": listed} if listed else {}
-
-
-def _broken(folder: Path, problems: list[str]) -> FormatError:
-    return FormatError(f"adapter {folder} is broken", "\n  " + "\n  ".join(problems))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        near = (
-            nearest(folder.name, (p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else []
-        )
-        raise MissingFile(f"adapter {folder}", "no such folder", near)
-    raw = _read_json(folder / CONFIG)
-    unknown = [f"{key}={value!r}" for key, value in raw.items() if is_refused(key, value)]
-    if unknown:
-        asked = f"adapter {folder} uses settings that onebase does not compute"
-        raise FormatError(
-            asked, ", ".join(unknown), hint=refusal_hint([text.partition("=")[0] for text in unknown])
-        )
-    if problems := type_problems(raw):
-        raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
-    return raw
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "no such file; the folder holds " + (
-            ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
-        )
-        raise MissingFile(f"read {path}", found)
-    if (size := path.stat().st_size) > MAX_JSON:
-        raise FormatError(f"read {path}", f"{size} bytes, at most {MAX_JSON} are read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or stored
-    except (ValueError, OSError, RecursionError) as error:
-        raise FormatError(f"read {path}", f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"read {path}", f"a JSON object was expected, found {type(value).__name__}")
-    return cast("dict[str, Any]", value)
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = folder / TENSORS
-    if not path.is_file():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
-        raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
-    try:
-        with safe_open(str(path), "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
-        with path.open("rb") as file:
-            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
-        found = f"broken or cut short ({path.stat().st_size} bytes): {error}"
-        if pickled:
-            found = "a pickle under a safetensors name, which onebase never loads"
-        raise FormatError(f"read {path}", found) from error
-
-
-def read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """onebase.json, {} where there is none; `metadata` is the tensor file's. Raises FormatError."""
-    if not (folder / SIDECAR).is_file():
-        return {}
-    sidecar = _read_json(folder / SIDECAR)
-    odd = [
-        name for name in ("base", "prompt", "training", "head") if not isinstance(sidecar.get(name, {}), dict)
-    ]
-    if not fits(dict[str, int], sidecar.get("tokens", {})):
-        raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
-    if not isinstance(sidecar.get("start", ""), str):
-        raise FormatError(f"read {folder / SIDECAR}", "start must be a text")
-    if odd:
-        raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
-    recorded, inside = (
-        sidecar.get("base", {}).get("fingerprint", ""),
-        metadata.get("onebase.base_fingerprint", ""),
-    )
-    if recorded != inside:
-        found = f"it says fingerprint {recorded or 'none'}, {TENSORS} says {inside or 'none'}"
-        raise FormatError(f"read {folder / SIDECAR}", found, hint="the two files are from different adapters")
-    return sidecar
-
-
-def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not t.float().isfinite().all()]
 
 
 def origin_of(raw: Mapping[str, Any], sidecar: Mapping[str, Any], metadata: Mapping[str, str]) -> Origin:

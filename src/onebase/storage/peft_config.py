@@ -15,7 +15,7 @@ from onebase.storage.peft_tokens import INDICES, index_problems, named_ids, to_p
 # PEFT settings that change the arithmetic and that onebase does not compute: any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", "lora_only"),
+    "bias": ("none", "lora_only", "all"),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
@@ -28,7 +28,6 @@ NO_TARGETS = "dummy-target-modules"  # PEFT's own word for it: it refuses an emp
 _HINTS = {
     "init_lora_weights": "PEFT changed the base for it: save it there with save_pretrained(..., "
     "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER'S START), which gives a plain LoRA",
-    "bias": "the biases of modules without an update were trained too: PEFT's merge_and_unload gives a whole model",
 }
 # Settings of PEFT 0.21 that leave the arithmetic of a stored adapter alone, or are read below.
 _HARMLESS = frozenset(
@@ -114,8 +113,8 @@ def is_refused(key: str, value: Any) -> bool:
 
 
 def holds_biases(raw: Mapping[str, Any]) -> bool:
-    """Whether the file holds the trained biases of the targeted layers themselves, in place of the base's."""
-    return raw.get("bias") == "lora_only"
+    """Whether the file holds trained biases of the base's modules themselves, in place of the base's."""
+    return raw.get("bias") in ("lora_only", "all")
 
 
 def refusal_hint(settings: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,9 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
 }
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
-_TRAINED_BIAS = ".base_layer.bias"  # bias="lora_only": the layer's own bias as training left it
+_TRAINED_BIAS = ".bias"  # bias="lora_only" or "all": a module's own bias as training left it
+# With bias="all" the biases of a module trained in full come again, by their names inside PEFT's wrapper.
+_WRAPPED = ("modules_to_save.", "original_module.")
 
 # PEFT wraps the module that owns a parameter, once for each of its parameters: the first one innermost, and each
 # wrapper adds this to the path of those inside. nn.MultiheadAttention's wrapper stands for its fused input
@@ -104,7 +105,7 @@ def widens(tensor: Tensor) -> bool:
 def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...], biases: bool = False) -> Parts:
     """PEFT's flat names by what they belong to; `saved` names the modules that were trained in full.
 
-    With `biases` the file holds the layers' own, which count as copies of base tensors (`with_biases`).
+    With `biases` the file holds the modules' own, which count as copies of base tensors (`with_biases`).
     """
     lows: dict[str, dict[str, Tensor]] = defaultdict(dict)
     full: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -122,11 +123,13 @@ def sort_tensors(tensors: Mapping[str, Tensor], saved: tuple[str, ...], biases: 
             if embedding:
                 lows[name.removesuffix(end)]["embedding"] = wide
         elif path:
-            full[path][name.removeprefix(path + ".")] = wide
+            inner = name.removeprefix(path + ".")
+            if not (biases and inner.startswith(_WRAPPED)):
+                full[path][inner] = wide
         elif name.endswith(_BASE_COPY):
             copies[name.removesuffix(_BASE_COPY) + ".weight"] = tensor
         elif biases and name.endswith(_TRAINED_BIAS):
-            copies[name.removesuffix(_TRAINED_BIAS) + ".bias"] = tensor
+            copies[name.removesuffix(_TRAINED_BIAS).removesuffix(_INSIDE) + _TRAINED_BIAS] = tensor
         elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")):
             copies[name] = tensor  # PEFT adds these whenever it suspects a resized vocabulary
         else:
@@ -269,35 +272,6 @@ def lowrank_updates(
     if config.lora_bias and lowrank and all(low.bias is None for low in lowrank.values()):
         problems.append("the config says lora_bias, and no update has one")
     return lowrank, problems
-
-
-def with_biases(
-    lowrank: Mapping[str, LowRank],
-    config: LoraConfig,
-    copies: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-) -> tuple[dict[str, LowRank], LoraConfig, list[str]]:
-    """The updates with what training added to the base's own biases, and a sentence for each that has no place.
-
-    PEFT's bias="lora_only" stores whole biases; as an update of the base this is its lora_bias.
-    """
-    found, problems = dict(lowrank), list[str]()
-    biases = {name.removesuffix(".bias"): tensor for name, tensor in copies.items() if name.endswith(".bias")}
-    for path, bias in biases.items():
-        own, low = getattr(modules.get(path), "bias", None), lowrank.get(path)
-        if low is None or not isinstance(own, Tensor) or own.shape != bias.shape:
-            problems.append(
-                f"{path}.bias: a trained bias, and the base has none of {tuple(bias.shape)} there"
-            )
-        elif low.magnitude is not None:
-            problems.append(
-                f"{path}.bias: a trained bias beside DoRA's norms, which onebase does not compute"
-            )
-        else:
-            added = (bias.float() - own.detach().float().cpu()) / low.scale
-            found[path] = low._replace(bias=added if low.bias is None else low.bias + added)
-    moved = any(low.bias is not None for low in found.values())
-    return found, replace(config, lora_bias=True) if moved else config, problems
 
 
 def _shape_problem(low: LowRank, sides: Mapping[str, Tensor], rank: int) -> str:

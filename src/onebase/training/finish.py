@@ -31,7 +31,8 @@ from onebase.models.fingerprint import combined
 from onebase.models.generation import answers
 from onebase.models.scoring import choose, scorer
 from onebase.prediction import baseline, marks, outputs_of, predictions
-from onebase.storage.format import TENSORS, read_adapter, write_adapter
+from onebase.storage.adapter_files import TENSORS
+from onebase.storage.format import read_adapter, write_adapter
 from onebase.training import checkpoint
 from onebase.training.card import model_card
 from onebase.training.curves import draw_curves, save_png

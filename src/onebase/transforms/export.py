@@ -17,7 +17,8 @@ from onebase.config import LoraConfig
 from onebase.errors import ConfigError, FormatError, OutputExists
 from onebase.files import atomic_folder
 from onebase.options import require
-from onebase.storage.format import CONFIG, read_adapter, write_adapter
+from onebase.storage.adapter_files import CONFIG
+from onebase.storage.format import read_adapter, write_adapter
 
 # Shape suffixes: i = in features, o = out features, r = rank.
 

@@ -84,7 +84,7 @@ class Skeleton:
     tensors: tuple[TensorInfo, ...]
     stored: Mapping[str, str]  # parameter -> the stored tensor that it is loaded from as it stands
     ties: Mapping[str, str]  # parameter -> the one whose weight it shares
-    unties: bool  # whether tie_word_embeddings=false makes the model untie them
+    unties: bool  # whether its configuration should say that weights which were tied are so no longer
     fingerprint: str
     fusions: tuple[Fusion, ...] = ()  # for the parameters that are loaded otherwise
 
@@ -127,12 +127,18 @@ class MergePlan:
         """The number of tensors that differ from the base's."""
         return sum(part.change is not None for part in self.parts)
 
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """The weights that are stored apart from the one that the base ties them to."""
+        return tuple(part.name for part in self.parts if part.name != part.source.name)
+
 
 def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
     """What merging means for each stored tensor. Raises BaseMismatch that lists everything that does not fit.
 
     Where an adapter changes one of several tied weights (an embedding and not the head, say), the output holds
-    each of them, and its configuration says that they are no longer tied. Token rows change all of them alike.
+    each that differs, and its configuration says that they are no longer tied. T5 and its like have no such setting,
+    or also scale by it: transformers unties what it finds stored apart. Token rows change all of them alike.
     """
     if problems := merge_problems(base.model, adapter):
         raise _misfit(base, problems)
@@ -145,14 +151,12 @@ def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
     loose = [group for group in groups if group not in alike]
     followers = {name for group in alike for name in group if name not in base.stored}
     plain = [name for name in changes if name not in fused and name not in followers]
-    owners = {name: _owner(name, base, groups) for name in [*plain, *(n for g in loose for n in g)]}
+    apart = [name for group in loose for name in group if _needs_own(name, group[0], base, changes)]
+    owners = {name: _owner(name, base, groups) for name in [*plain, *apart]}
     problems = [
         text for name in plain if (text := _stored_problem(name, infos.get(owners[name]), shapes[name]))
     ]
     problems += [text for fusion in fused.values() for text in _fusion_problems(fusion, infos, shapes)]
-    if loose and not base.unties:
-        names = ", ".join(name for group in loose for name in group)
-        problems.append(f"{names}: this architecture always ties them, so only one of them cannot be changed")
     if problems:
         raise _misfit(base, problems)
     parts = {info.name: Part(info.name, info) for info in base.tensors}
@@ -160,7 +164,7 @@ def make_plan(base: Skeleton, adapter: Adapter) -> MergePlan:
         own = base.stored.get(name, name)
         parts[own] = Part(own, infos[owner], changes.get(name))
     parts |= {part.name: part for part in _fused_parts(fused, changes, infos)}
-    settings: dict[str, Any] = {"tie_word_embeddings": False} if loose else {}
+    settings: dict[str, Any] = {"tie_word_embeddings": False} if loose and base.unties else {}
     if sizes := [part.shape[0] for part in parts.values() if isinstance(part.change, Rows)]:
         settings["vocab_size"] = max(sizes)
     return MergePlan(base.folder, tuple(parts.values()), settings)
@@ -224,6 +228,11 @@ def _tied_groups(base: Skeleton) -> list[list[str]]:
     return list(groups.values())
 
 
+def _needs_own(name: str, source: str, base: Skeleton, changes: Mapping[str, Direct]) -> bool:
+    """Whether a weight that was tied to `source` is stored apart: a missing one is tied to it on loading."""
+    return name in (source, *base.stored) or changes.get(name) is not changes.get(source)
+
+
 def _owner(name: str, base: Skeleton, groups: Sequence[Sequence[str]]) -> str:
     """The stored tensor that a parameter is loaded from: its own, or that of one it is tied to; else empty."""
     group = next((group for group in groups if name in group), ())
@@ -275,8 +284,11 @@ def _not_a_float(name: str, info: TensorInfo) -> str:
     return f"{name}: stored as {info.dtype}, which cannot carry an update"
 
 
-def changed_tensor(weight: Tensor, change: Direct) -> Tensor:
-    """The merged tensor: computed in float32 (float64 for float64), cast once to the weight's dtype."""
+def changed_tensor(weight: Tensor, change: Direct, in_place: bool = False) -> Tensor:
+    """The merged tensor: computed in float32 (float64 for float64), cast once to the weight's dtype.
+
+    `in_place`: the weight's memory may become the result's, which saves a copy.
+    """
     if isinstance(change, Tensor):
         return change.to(weight.device, weight.dtype, copy=True)
     if isinstance(change, Shift):
@@ -285,7 +297,7 @@ def changed_tensor(weight: Tensor, change: Direct) -> Tensor:
     if isinstance(change, Rows):
         return _with_rows(weight.detach(), change)
     here = {name: tensor.to(weight.device) for name, tensor in change.tensors().items()}
-    return merged_weight(weight.detach(), change._replace(**here)).contiguous()
+    return merged_weight(weight.detach(), change._replace(**here), in_place).contiguous()
 
 
 def _with_rows(weight: Tensor, change: Rows) -> Tensor:

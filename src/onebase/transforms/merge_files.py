@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -141,18 +142,24 @@ def _write_shard(
         header[part.name] = {"dtype": kind, "shape": part.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as stream:
+    with path.open("wb", buffering=0) as stream, ExitStack() as opened:
         file = stream.fileno()
+        sources = {path: opened.enter_context(path.open("rb", buffering=0)) for path in _files(parts)}
         os.ftruncate(file, 8 + len(text) + end)  # fails at once where so large a file is not allowed
         _write_at(file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         places = [(part, 8 + len(text) + start) for part, start in zip(parts, starts, strict=True)]
         pieces = (piece for part, place in places for piece in _pieces(part, place, _dtype(part, asked)))
-        _in_threads(lambda piece: _merge_piece(file, piece), pieces)
+        _in_threads(lambda piece: _merge_piece(sources[piece.source.file].fileno(), file, piece), pieces)
         for part, place in places:
             if isinstance(part.change, Fused):
                 if part.name not in made:
                     made |= _split(part.change, asked)
                 _write_at(file, _bytes(made.pop(part.name)), place)
+
+
+def _files(parts: Sequence[Part]) -> set[Path]:
+    """The base's files that these tensors come from."""
+    return {part.source.file for part in parts}
 
 
 class _Rows(NamedTuple):
@@ -233,22 +240,35 @@ def _pieces(part: Part, place: int, dtype: torch.dtype) -> Iterator[_Piece]:
         yield _Piece(part.source, part.source.end, 0, len(new), new, end, dtype)
 
 
-def _in_threads(work: Callable[[_Piece], None], pieces: Iterable[_Piece]) -> None:
-    """Do all the work in a few threads; the first error stops it."""
-    with ThreadPoolExecutor(THREADS) as pool:
+def _in_threads(work: Callable[[_Piece], None], pieces: Generator[_Piece]) -> None:
+    """Do all the work in a few threads, this one too, which take turns at the pieces; the first error stops all."""
+    turn = Lock()
+
+    def run() -> None:
         try:
-            for _ in pool.map(work, pieces):
-                pass
+            while (piece := take()) is not None:
+                work(piece)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            with turn:
+                pieces.close()  # nothing is left to take
             raise
 
+    def take() -> _Piece | None:
+        with turn:
+            return next(pieces, None)
 
-def _merge_piece(sink: int, piece: _Piece) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        others = [pool.submit(run) for _ in range(THREADS - 1)]
+        run()
+        for other in others:
+            other.result()
+
+
+def _merge_piece(source: int, sink: int, piece: _Piece) -> None:
     if isinstance(piece.change, Tensor):
         _write_at(sink, _bytes(piece.change.to(piece.dtype)), piece.place)
         return
-    raw, stored = _read(piece), DTYPES[piece.source.dtype]
+    raw, stored = _read(source, piece), DTYPES[piece.source.dtype]
     if piece.change is None and piece.dtype == stored:
         _write_at(sink, raw.numpy().data, piece.place)
         return
@@ -257,19 +277,19 @@ def _merge_piece(sink: int, piece: _Piece) -> None:
 
 
 def _merged(values: Tensor, change: Direct | None, dtype: torch.dtype) -> Tensor:
-    """Changed in float32 at least, and rounded once."""
+    """Changed in float32 at least, and rounded once. The values' own memory may be used."""
     if change is None:
         return values.to(dtype)
-    return changed_tensor(values.to(torch.promote_types(values.dtype, torch.float32)), change).to(dtype)
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return changed_tensor(wide, change, in_place=True).to(dtype)
 
 
-def _read(piece: _Piece) -> Tensor:
+def _read(source: int, piece: _Piece) -> Tensor:
     """The piece's bytes. Not memory-mapped: mapped pages would count as ours until the file is done."""
     raw = torch.empty(piece.size, dtype=torch.uint8)
-    with piece.source.file.open("rb", buffering=0) as stream:
-        view, start = raw.numpy().data, piece.start
-        while view and (got := os.preadv(stream.fileno(), [view], start)):
-            view, start = view[got:], start + got
+    view, start = raw.numpy().data, piece.start
+    while view and (got := os.preadv(source, [view], start)):
+        view, start = view[got:], start + got
     if view:
         raise OSError("a file of the base ended early: it was changed while it was read")
     return raw
@@ -316,7 +336,9 @@ def _changed_whole(tensor: Tensor, change: Direct | None, dtype: torch.dtype) ->
     cut, made = _rows(tensor.shape, change), torch.empty(tensor.shape, dtype=dtype)
     rows, result = tensor.reshape(cut.rows, -1), made.view(cut.rows, -1)
     for start, end in cut.ranges():
-        result[start:end] = _merged(rows[start:end], _of_rows(change, start, end, cut.per_block), dtype)
+        result[start:end] = _merged(
+            rows[start:end].clone(), _of_rows(change, start, end, cut.per_block), dtype
+        )
     return made
 
 

@@ -14,7 +14,7 @@ from onebase.serve.pool import Registered
 from onebase.serve.prompts import Prompts
 from onebase.serve.request import UnknownAdapter
 from onebase.serve.worker import ShuttingDown, Worker
-from onebase.storage.format import CONFIG
+from onebase.storage.adapter_files import CONFIG
 from onebase.web.metrics import MIXTURE, Metrics, Snapshot
 from onebase.web.problems import Problem
 from onebase.web.protocol import Chosen, LoadBody, UnloadBody

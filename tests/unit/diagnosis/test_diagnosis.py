@@ -99,11 +99,11 @@ def test_files_that_are_broken(folder):
 
 
 def test_settings_that_are_not_computed(folder):
-    edit_config(folder, bias="all", layer_replication=[[0, 2]])
+    edit_config(folder, use_qalora=True, layer_replication=[[0, 2]])
     texts = [text for severity, text, _ in look(folder)["settings"] if severity == "error"]
-    assert any("bias='all'" in text for text in texts)
+    assert any("use_qalora=True" in text for text in texts)
     assert any("layer_replication" in text for text in texts)
-    edit_config(folder, bias="none", layer_replication=None, r="four")
+    edit_config(folder, use_qalora=False, layer_replication=None, r="four")
     assert "r='four': must be" in only(look(folder), "settings", "error")[0]
 
 
