@@ -84,7 +84,7 @@ class Forest(ctypes.Structure):
     ]
 
 
-_SIGNATURES: dict[str, list[Any]] = {
+SIGNATURES: dict[str, list[Any]] = {
     "norm": [Rows, Rows, ctypes.POINTER(Norm), _int],
     "norm_backward": [Rows, Rows, Rows, Rows, ctypes.POINTER(Norm), _int],
     "rotate": [Rows, ctypes.POINTER(Rotation), _int],
@@ -104,7 +104,7 @@ def library(dtype: torch.dtype) -> Any | str:
         return f"no kernels for {dtype}"
     loaded = native.load("kernels", SOURCES, MACROS[dtype])
     if not isinstance(loaded, str):
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in SIGNATURES.items():
             function = getattr(loaded, f"onebase_{name}")
             function.restype, function.argtypes = None, [*arguments, ctypes.c_int]
     return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ def _kernel_spec(x: Tensor, spec: Norm) -> kernels.Norm | None:
     usual = spec.weight.dtype == torch.float32 and spec.weight.is_contiguous() and x.ndim > 1
     if not usual or (x.shape[-1:] if shared else x.shape[1:]) != shape:
         return None
-    heads = x[0].numel() // x.shape[-1]
+    heads = prod(x.shape[1:-1])
     return kernels.Norm(spec.weight.data_ptr(), heads, x.shape[-1], shared, spec.centred, spec.eps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,7 +31,7 @@ def _native_rotate(x: Tensor, rotation: Rotation) -> Tensor:
     if not kernels.by_row(x) or not all(t.is_contiguous() and t.dtype == x.dtype for t in rotation[:2]):
         return NotImplemented
     cos, sin = (t.data_ptr() for t in rotation[:2])
-    pairs, heads = rotation.cos.shape[-1], x[0].numel() // x.shape[-1]
+    pairs, heads = rotation.cos.shape[-1], prod(x.shape[1:-1])
     spec = kernels.Rotation(cos, sin, pairs, heads, x.shape[-1], rotation.interleaved)
     kernels.call("rotate", x, kernels.rows(x), spec, len(x))
     return x

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forests import forests, size
 from onebase.ops import forest as trees
 from onebase.ops import prefix
 from onebase.ops.forest import Cut, plan
@@ -19,18 +20,6 @@ TREE = [(0, 4, -1), (4, 2, 0), (6, 3, 0), (9, 1, 2), (10, 2, -1)]
 SHUFFLED = [(5, 4, -1), (3, 2, 0), (9, 3, 0), (0, 3, 1), (12, 1, 2)]
 
 
-@st.composite
-def forests(draw, most_nodes=8, longest=5):
-    """Nodes with random parents, whose tokens stand in any order."""
-    count = draw(st.integers(1, most_nodes))
-    lengths = [draw(st.integers(1, longest)) for _ in range(count)]
-    parents = [draw(st.integers(-1, number - 1)) for number in range(count)]
-    starts, end = {}, 0
-    for number in draw(st.permutations(range(count))):
-        starts[number], end = end, end + lengths[number]
-    return [(starts[n], lengths[n], parents[n]) for n in range(count)]
-
-
 def heads(tokens, key_heads=2, groups=3, width=5, value_width=4, dtype=torch.float64):
     shapes = [
         (key_heads, tokens, groups, width),
@@ -38,10 +27,6 @@ def heads(tokens, key_heads=2, groups=3, width=5, value_width=4, dtype=torch.flo
         (key_heads, tokens, value_width),
     ]
     return [draw(*shape, seed=n, dtype=dtype) for n, shape in enumerate(shapes)]
-
-
-def size(nodes):
-    return sum(length for _, length, _ in nodes)
 
 
 def by_token(x):
