@@ -27,8 +27,9 @@ from onebase.adapters.adapter import Adapter
 from onebase.adapters.injection import injected, new_adapter
 from onebase.adapters.targets import adaptable
 from onebase.config import LoraConfig
+from onebase.files import cache_home
 from onebase.models.base import load_base, locate_base
-from onebase.models.builtin import BUILTINS, cache_home, fetch_builtin
+from onebase.models.builtin import BUILTINS, fetch_builtin
 from onebase.models.gguf_adapter import ARCHITECTURES, architecture, rotary_order, save_gguf_adapter
 from onebase.models.merging import PROMPTS, open_skeleton
 from onebase.storage.shards import list_tensors, read_tensor

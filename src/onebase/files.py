@@ -16,6 +16,14 @@ from filelock import FileLock, Timeout
 from onebase.errors import OnebaseError, OutputError, OutputExists
 
 
+def cache_home() -> Path:
+    """Where fetched bases and built code are kept: `$ONEBASE_HOME`, else `onebase` in the user's cache folder."""
+    if home := os.environ.get("ONEBASE_HOME"):
+        return Path(home).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "onebase"
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -21,8 +21,9 @@ SOURCE = ROOT / "src" / "onebase"
 
 # Every module, from the bottom up. A module imports only from modules before it.
 ORDER = """
-    errors  files  options  config  grid  device
-    ops.lowrank  ops.products  ops.norms  ops.gates  ops.rotary  ops.prefix  ops.adapted  ops.cross_entropy  ops.decoder
+    errors  files  options  config  grid  device  native
+    ops.lowrank  ops.products  ops.kernels  ops.norms  ops.gates  ops.rotary  ops.forest  ops.prefix  ops.adapted
+    ops.cross_entropy  ops.decoder
     ops.reference  ops.attention  ops.grouped
     adapters.adapter  adapters.kinds  adapters.patterns  adapters.variants  adapters.layers  adapters.targets
     adapters.tokens  adapters.fitting  adapters.injection  adapters.calibration

@@ -24,7 +24,8 @@ from onebase.adapters.layers import base_modules
 from onebase.data.labels import Head
 from onebase.device import pick_device, pick_dtype
 from onebase.errors import BaseError, OnebaseError, nearest
-from onebase.models.builtin import BUILTINS, FOLDERS, Notify, cache_home, fetch_builtin, fetch_folder, logger
+from onebase.files import cache_home
+from onebase.models.builtin import BUILTINS, FOLDERS, Notify, fetch_builtin, fetch_folder, logger
 from onebase.models.fingerprint import fingerprint_files, fingerprint_model
 from onebase.models.gguf import convert_gguf, converted_folder, quiet, require_complete
 from onebase.models.heads import add_head, head_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -65,14 +64,6 @@ FOLDERS: dict[str, Folder] = {
         size=83_506_384,
     ),
 }
-
-
-def cache_home() -> Path:
-    """Where fetched and converted bases are kept: `$ONEBASE_HOME`, else `onebase` in the user's cache folder."""
-    if home := os.environ.get("ONEBASE_HOME"):
-        return Path(home).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "onebase"
 
 
 def file_sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from onebase.ops.cross_entropy import frozen_cross_entropy
 from onebase.ops.decoder import Call, Groups, Part, Updates, decoder_layer
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import normed
-from onebase.ops.prefix import Block, blocks
+from onebase.ops.prefix import Forest, forest
 
 # How far engine and model may be apart: (the loss, the gradient's norm), relative; wider for narrower dtypes.
 TOLERANCE = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 1e-3)}
@@ -118,7 +118,7 @@ class Engine:
         layouts = [member.layout for member in members]
         edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
         rotations = self._read.rotations(torch.cat([layout.positions for layout in layouts]), hidden)
-        masks = self._masks(hidden, layouts, edges)
+        forests = self._forests(hidden, layouts, edges)
         for number in layers:
             layer = self._read.layers[number]
             parts = [
@@ -126,26 +126,19 @@ class Engine:
                 for edge, member in zip(pairwise(edges), members, strict=True)
             ]
             rotation = rotations[layer.rotary_type] if layer.rotates else None
-            call = Call(layer.frozen, masks[layer.window], rotation, checkpoint)
+            call = Call(layer.frozen, forests[layer.window], rotation, checkpoint)
             hidden = decoder_layer(hidden, call, parts)
         return hidden
 
-    def _masks(
+    def _forests(
         self, hidden: Tensor, layouts: Sequence[Layout], starts: Sequence[int]
-    ) -> dict[int | None, list[Block]]:
-        """The attention's blocks of each layout where it stands, for each window that a layer has."""
+    ) -> dict[int | None, Forest]:
+        """The layouts' token trees where they stand, for each window that a layer has."""
         spec = self._read.layers[0].frozen.attention
-        like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        groups = (spec.kv_heads, spec.heads // spec.kv_heads)
+        heads = (spec.kv_heads, spec.heads // spec.kv_heads)
+        placed = [(start, layout.nodes) for start, layout in zip(starts, layouts, strict=False)]
         windows = {layer.window for layer in self._read.layers}
-        return {
-            window: [
-                block.moved(start)
-                for layout, start in zip(layouts, starts, strict=False)
-                for block in blocks(layout.nodes, window, groups, like)
-            ]
-            for window in windows
-        }
+        return {window: forest(placed, window, heads, hidden) for window in windows}
 
 
 def _filled_up(columns: Tensor) -> Tensor:

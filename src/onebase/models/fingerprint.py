@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.adapters.injection import base_tensors
-from onebase.files import write_text
-from onebase.models.builtin import cache_home
+from onebase.files import cache_home, write_text
 from onebase.storage.shards import DTYPE_NAMES, TensorInfo, list_tensors, tensor_bytes
 
 # A file written less than this ago may change again without its time stamp moving, as git knows ("racy git").

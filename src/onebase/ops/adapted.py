@@ -6,12 +6,15 @@ its own.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from onebase.ops import kernels
+from onebase.ops.kernels import natively
 from onebase.ops.lowrank import Factors
 from onebase.ops.products import added_product, product
 
@@ -51,9 +54,13 @@ class Share(NamedTuple, Generic[T]):
         """The updates that there are."""
         return [low for low in self.updates if low is not None]
 
+    def adapted(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Of the layers' outputs those that have an update."""
+        return [y for low, y in zip(self.updates, outputs, strict=True) if low is not None]
+
 
 class Projected(NamedTuple):
-    """Each layer's output (T, out), and each share's x·Aᵀ side by side (rows, sum of ranks)."""
+    """Each layer's output (T, out), and each share's x·Aᵀ side by side (rows, sum of ranks), for the backward pass."""
 
     y: list[Tensor]
     h: list[Tensor]
@@ -65,6 +72,7 @@ def project(x: Tensor, layers: Sequence[Linear], shares: Sequence[Share[Factors]
     Semantics, for each layer and, on each share's rows, its update:
         y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ          all in x's dtype, to which A and B are cast
     On a bfloat16 base this is what torch's autocast makes of float32 factors; the factors themselves stay as they are.
+    The kernels (lowrank.c) read the float32 factors and keep h in float32: one rounding, that of y.
     """
     y = [product(x, layer.weight, layer.bias) for layer in layers]
     h = [
@@ -74,6 +82,41 @@ def project(x: Tensor, layers: Sequence[Linear], shares: Sequence[Share[Factors]
     return Projected(y, h)
 
 
+def _native_spec(
+    x: Tensor, outputs: Sequence[Tensor], lows: Sequence[Factors], gradients: Sequence[Tensor] = ()
+) -> ctypes.Array[kernels.Update] | None:
+    """Updates of these outputs (or of their gradients) as the kernels take them; None where they do not."""
+    factors = [tensor for low in lows for tensor in (low.A, low.B)]
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in factors)
+    if not lows or not plain or not kernels.by_row(x, *outputs):
+        return None
+    places = [t.data_ptr() for t in gradients] or [None] * len(factors)
+    return (kernels.Update * len(lows))(
+        *(
+            (
+                low.A.data_ptr(),
+                low.B.data_ptr(),
+                *into,
+                kernels.rows(y),
+                low.A.shape[0],
+                y.shape[1],
+                low.scale,
+            )
+            for low, y, into in zip(lows, outputs, zip(places[::2], places[1::2], strict=True), strict=True)
+        )
+    )
+
+
+def _native_add_updates(x: Tensor, outputs: Sequence[Tensor], own: Share[Factors]) -> Tensor:
+    spec = None if own.dropout else _native_spec(x, own.adapted(outputs), own.present)
+    if spec is None:
+        return NotImplemented
+    h = torch.empty(len(x), sum(_ranks(own.present)))
+    kernels.call("update", x, spec, len(spec), kernels.rows(x), x.shape[1], h.data_ptr(), len(x))
+    return h
+
+
+@natively(_native_add_updates)
 def _add_updates(x: Tensor, outputs: Sequence[Tensor], own: Share[Factors]) -> Tensor:
     """Add a share's updates, of its rows x, to its rows of the layers' outputs; gives the x·Aᵀ side by side."""
     present = _cast(own.present, x.dtype)
@@ -84,8 +127,7 @@ def _add_updates(x: Tensor, outputs: Sequence[Tensor], own: Share[Factors]) -> T
     else:
         dropped = (x * own.dropout.mask(x, number) for number in range(len(present)))
         h = torch.cat([product(part, low.A) for part, low in zip(dropped, present, strict=True)], dim=1)
-    adapted = (part for low, part in zip(own.updates, outputs, strict=True) if low is not None)
-    for low, part, own_h in zip(present, adapted, h.split(_ranks(present), dim=1), strict=True):
+    for low, part, own_h in zip(present, own.adapted(outputs), h.split(_ranks(present), dim=1), strict=True):
         part.addmm_(own_h, low.B.T, alpha=low.scale)
     return h
 
@@ -115,6 +157,21 @@ def project_backward(
     return Gradients(dx, factors)
 
 
+def _native_update_gradients(
+    dy: Sequence[Tensor], projected: tuple[Tensor, Tensor], dx: Tensor | None, share: Share[Factors]
+) -> list[Tensor]:
+    (x, h), lows = projected, share.present
+    found = [torch.empty_like(tensor) for low in lows for tensor in (low.A, low.B)]
+    spec = None if share.dropout else _native_spec(x, share.adapted(dy), lows, found)
+    if spec is None:
+        return NotImplemented
+    dh = torch.empty_like(h)
+    pointers = (x.shape[1], h.data_ptr(), dh.data_ptr())
+    kernels.call("update_backward", x, spec, len(spec), kernels.rows(x), kernels.rows(dx), *pointers, len(x))
+    return found
+
+
+@natively(_native_update_gradients)
 def _update_gradients(
     dy: Sequence[Tensor], projected: tuple[Tensor, Tensor], dx: Tensor | None, share: Share[Factors]
 ) -> list[Tensor]:
@@ -122,7 +179,7 @@ def _update_gradients(
     (x, h), dropout, lows = projected, share.dropout, _cast(share.present, projected[0].dtype)
     if not lows:
         return []
-    adapted = [part for low, part in zip(share.updates, dy, strict=True) if low is not None]
+    adapted = share.adapted(dy)
     ranks = _ranks(lows)
     d_hs = [product(part, low.B.T).mul_(low.scale) for low, part in zip(lows, adapted, strict=True)]
     # hᵀ·dY and then the transpose: a tall result ran 2.7 times slower than this wide one.

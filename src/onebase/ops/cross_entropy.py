@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from onebase.ops import kernels
+from onebase.ops.kernels import natively
 from onebase.ops.products import product
 
 # Rows whose logits exist at once. Fewer make the head's products small, more leave the cache and cost memory.
@@ -38,26 +40,20 @@ def frozen_cross_entropy(hidden: Tensor, head: Head, rows: Tensor, ids: Tensor, 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, rows: Tensor, ids: Tensor, chunk: int) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if wants else None
-        counts = torch.bincount(rows, minlength=len(hidden)).to(wide)
-        starts = range(0, len(hidden), chunk)
-        edges = torch.searchsorted(rows, torch.tensor([*starts, len(hidden)], device=rows.device)).tolist()
+        edges = torch.searchsorted(rows, torch.arange(len(hidden) + 1, device=rows.device))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for number, start in enumerate(starts):
-            own = slice(edges[number], edges[number + 1])
+        for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            targets = (rows[own] - start, ids[own])
-            logits, slope = _logits(hidden[part], head, wide)
-            loss, d_logits = _losses(logits, counts[part], targets, wants)
+            own = edges[start : start + chunk + 1]
+            targets = Targets(own - own[0], ids[own[0] : own[-1]])
+            y = product(hidden[part], head.weight, head.bias)
+            loss, dy = _losses(y, targets, head, wants)
             total += loss
-            if d_hidden is not None and d_logits is not None:
-                if slope is not None:
-                    d_logits.mul_(slope)
-                if head.scale != 1.0:
-                    d_logits.mul_(head.scale)
-                d_hidden[part] = product(d_logits.to(hidden.dtype), head.weight.T)
+            if d_hidden is not None and dy is not None:
+                d_hidden[part] = product(dy, head.weight.T)
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
         return total
@@ -68,9 +64,55 @@ class _CrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, head: Head, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Logits of a chunk, and the softcap's slope where there is one."""
-    logits = product(hidden, head.weight, head.bias).to(wide)
+class Targets(NamedTuple):
+    """What rows are to be: row r wants each of ids[edges[r] : edges[r + 1]]."""
+
+    edges: Tensor
+    ids: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        return self.edges.diff()
+
+
+def _native_losses(y: Tensor, targets: Targets, head: Head, wants: bool) -> tuple[Tensor, Tensor | None]:
+    if not kernels.by_row(y):
+        return NotImplemented
+    counts, losses = targets.counts.float(), torch.empty(len(y))
+    pointers = (t.data_ptr() for t in (counts, targets.edges, targets.ids, losses))
+    spec = kernels.Targets(*pointers, head.scale, head.softcap or 0.0, y.shape[1], wants)
+    kernels.call("cross_entropy", y, kernels.rows(y), spec, len(y))
+    return losses.sum(), y if wants else None
+
+
+@natively(_native_losses)
+def _losses(y: Tensor, targets: Targets, head: Head, wants: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of a chunk's products y (rows, V) with the head's weight, and its gradient in y's dtype.
+
+    The gradient, where it is wanted, is count · softmax less 1 for each target, times the slope from y to the logits.
+    The memory of y is used for it.
+    """
+    logits, slope = _logits(y, head)
+    counts = targets.counts.to(logits.dtype)
+    rows = torch.arange(len(y), device=y.device).repeat_interleave(targets.counts)
+    hit = logits[rows, targets.ids].sum()
+    logits.sub_(top := logits.amax(-1, keepdim=True)).exp_()
+    mass = logits.sum(-1, keepdim=True)
+    loss = torch.dot((mass.log() + top).flatten(), counts) - hit
+    if not wants:
+        return loss, None
+    logits.mul_(counts[:, None] / mass)
+    logits.index_put_((rows, targets.ids), logits.new_tensor(-1.0), accumulate=True)
+    if slope is not None:
+        logits.mul_(slope)
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    return loss, logits.to(y.dtype)
+
+
+def _logits(y: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Logits of a chunk in at least float32, and the softcap's slope where there is one."""
+    logits = y.to(torch.promote_types(y.dtype, torch.float32))
     if head.scale != 1.0:
         logits.mul_(head.scale)
     if head.softcap is None:
@@ -78,17 +120,3 @@ def _logits(hidden: Tensor, head: Head, wide: torch.dtype) -> tuple[Tensor, Tens
     logits.div_(head.softcap).tanh_()
     slope = 1 - logits.square()
     return logits.mul_(head.softcap), slope
-
-
-def _losses(
-    logits: Tensor, counts: Tensor, targets: tuple[Tensor, Tensor], wants: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The chunk's summed loss, and its gradient in the logits' own memory: count · softmax less 1 for each target."""
-    hit = logits[targets].sum()
-    logits.sub_(top := logits.amax(-1, keepdim=True)).exp_()
-    mass = logits.sum(-1, keepdim=True)
-    loss = torch.dot((mass.log() + top).flatten(), counts) - hit
-    if not wants:
-        return loss, None
-    logits.mul_(counts[:, None] / mass)
-    return loss, logits.index_put_(targets, logits.new_tensor(-1.0), accumulate=True)

@@ -18,8 +18,8 @@ from onebase.ops.adapted import Dropout, Linear, Share, project, project_backwar
 from onebase.ops.gates import Halves, gated, gated_backward
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm, norm, norm_backward
-from onebase.ops.prefix import Block, Heads, Scoring, prefix_attention, prefix_attention_backward
-from onebase.ops.rotary import Rotation, rotate
+from onebase.ops.prefix import Forest, Heads, Scoring, prefix_attention, prefix_attention_backward
+from onebase.ops.rotary import Rotation, rotate_
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class Call(NamedTuple):
     """What a pass over a batch gives a layer beside the hidden states."""
 
     layer: Layer
-    blocks: Sequence[Block]
+    forest: Forest
     rotation: Rotation | None
     checkpoint: bool = False  # keep the input alone, and compute the rest again in the backward
 
@@ -220,14 +220,14 @@ def _forward(x: Tensor, call: Call, shares: _Shares[Factors]) -> tuple[Tensor, _
     y, h_qkv = project(n, layer.linears.qkv, shares.qkv)
     raw = _parts(y, layer.attention.sizes)
     heads = _heads(raw, layer.attention, call.rotation)
-    attended = prefix_attention(heads, call.blocks, layer.attention.scoring)
-    (a,), h_out = project(_merged(attended), layer.linears.out, shares.out)
+    attended = prefix_attention(heads, call.forest, layer.attention.scoring).flatten(1)
+    (a,), h_out = project(attended, layer.linears.out, shares.out)
     mid = _added(x, _normed(a, norms.after_attention), layer.residual)
     if not layer.parallel:
         n = _normed(mid, norms.before_mlp)
     y, h_gate_up = project(n, layer.linears.gate_up, shares.gate_up)
     gate_up = Halves(*_parts(y, layer.inner))
-    z = gated(gate_up, layer.activation).z
+    z = gated(gate_up, layer.activation)
     (m,), h_down = project(z, layer.linears.down, shares.down)
     y = _added(mid, _normed(m, norms.after_mlp), layer.residual)
     state = _State(
@@ -258,14 +258,12 @@ def _backward(
 
     dm = _before_norm(_times(dy, layer.residual), state.m, norms.after_mlp)
     gate_up = Halves(state.gate, state.up)
-    gates = gated(gate_up, layer.activation)
-    dz, d_down = project_backward(
-        [dm], (gates.z, state.h.down), layer.linears.down, shares.down, wants_gate_up
-    )
+    z = gated(gate_up, layer.activation)
+    dz, d_down = project_backward([dm], (z, state.h.down), layer.linears.down, shares.down, wants_gate_up)
     d_n, d_gate_up = None, list[Tensor]()
     if dz is not None:
         d_outputs = _blank(dz, layer.linears.gate_up)
-        gated_backward(dz, gates, gate_up, layer.activation, Halves(*_parts(d_outputs, layer.inner)))
+        gated_backward(dz, gate_up, layer.activation, Halves(*_parts(d_outputs, layer.inner)))
         d_n, d_gate_up = project_backward(
             d_outputs,
             (n if state.mid is None else _normed(state.mid, norms.before_mlp), state.h.gate_up),
@@ -277,14 +275,14 @@ def _backward(
         return None, [*d_gate_up, *d_down]
     d_mid = dy
     if state.mid is not None and d_n is not None:
-        d_mid = _before_norm(d_n, state.mid, norms.before_mlp).add_(dy)
+        d_mid = _before_norm(d_n, state.mid, norms.before_mlp, dy)
     d_x, d_qkv, d_out = _attention_backward(d_mid, state, call, shares, (n, wants_qkv, wants_x))
     factors = [*d_qkv, *d_out, *d_gate_up, *d_down]
     if d_x is None:
         return None, factors
     if layer.parallel and d_n is not None:
         d_x += d_n
-    return _before_norm(d_x, state.x, norms.before_attention).add_(d_mid), factors
+    return _before_norm(d_x, state.x, norms.before_attention, d_mid), factors
 
 
 def _attention_backward(
@@ -296,44 +294,41 @@ def _attention_backward(
     """
     (n, wants_qkv, wants_x), layer = wanted, call.layer
     da = _before_norm(_times(d_mid, layer.residual), state.a, layer.norms.after_attention)
-    merged = _merged(state.attended)
-    d_merged, d_out = project_backward([da], (merged, state.h.out), layer.linears.out, shares.out, wants_qkv)
-    if d_merged is None:
+    read = (state.attended, state.h.out)
+    d_attended, d_out = project_backward([da], read, layer.linears.out, shares.out, wants_qkv)
+    if d_attended is None:
         return None, [], d_out
-    heads = Heads(state.q, state.k, state.v)
-    d_attended = _split(d_merged, layer.attention).transpose(0, 1).contiguous()
-    d_heads = prefix_attention_backward(
-        d_attended, state.attended, heads, call.blocks, layer.attention.scoring
-    )
-    d_outputs = _blank(d_merged, layer.linears.qkv)
-    d_raw = _parts(d_outputs, layer.attention.sizes)
-    _heads_backward(d_heads, state, layer.attention, call.rotation, d_raw)
+    heads, spec = Heads(state.q, state.k, state.v), layer.attention
+    outputs = (_split(one, spec) for one in (d_attended, state.attended))
+    d_outputs = _blank(d_attended, layer.linears.qkv)
+    d_raw = _parts(d_outputs, spec.sizes)
+    d_heads = _as_heads(d_raw, spec)
+    prefix_attention_backward(*outputs, heads, call.forest, spec.scoring, d_heads)
+    _heads_backward(d_heads, state, spec, call.rotation, d_raw)
     d_x, d_qkv = project_backward(d_outputs, (n, state.h.qkv), layer.linears.qkv, shares.qkv, wants_x)
     return d_x, d_qkv, d_out
 
 
 def _heads(raw: Sequence[Tensor], spec: Attention, rotation: Rotation | None) -> Heads:
-    """q (n, T, g, d), k and v (n, T, d) from their projections (T, columns): normed and turned."""
+    """q (T, n, g, d), k and v (T, n, d) from their projections (T, columns): normed and, in their memory, turned."""
     q, k, v = raw
-    turned: list[Tensor] = []
-    for part, spec_norm in ((q, spec.q_norm), (k, spec.k_norm)):
-        by_token = _split(_head_normed(part, spec_norm, spec), spec)
-        rows, heads, group, width = by_token.shape
-        turned.append(q.new_empty(heads, rows, group, width))
-        rotate(by_token, rotation, turned[-1].transpose(0, 1))
-    return Heads(turned[0], turned[1][:, :, 0], _split(v, spec)[:, :, 0].transpose(0, 1).contiguous())
+    heads = _as_heads((_head_normed(q, spec.q_norm, spec), _head_normed(k, spec.k_norm, spec), v), spec)
+    if rotation is not None:
+        rotate_(heads.q, rotation)
+        rotate_(heads.k, rotation)
+    return heads
 
 
 def _heads_backward(
-    d_heads: Heads, state: _State, spec: Attention, rotation: Rotation | None, out: Sequence[Tensor]
+    d_heads: Heads, state: _State, spec: Attention, rotation: Rotation | None, d_raw: Sequence[Tensor]
 ) -> None:
-    """Write the gradients of the projections (T, columns), from those of the heads, into `out`."""
-    back = rotation and rotation.inverse
-    for part, gradient, turn in zip(out, d_heads, (back, back, None), strict=True):
-        by_head = gradient.to(part.dtype).view(spec.kv_heads, len(part), -1, spec.width)
-        rotate(by_head.transpose(0, 1), turn, _split(part, spec))
+    """Make the gradients of the heads, which are views of `d_raw`, those of the projections (T, columns)."""
+    if rotation is not None:
+        back = rotation.inverse
+        rotate_(d_heads.q, back)
+        rotate_(d_heads.k, back)
     norms = ((state.raw_q, spec.q_norm), (state.raw_k, spec.k_norm))
-    for part, (before, spec_norm) in zip(out, norms, strict=False):
+    for part, (before, spec_norm) in zip(d_raw, norms, strict=False):
         if before is not None and spec_norm is not None:
             gradient = norm_backward(_for_norm(part, spec), _for_norm(before, spec), spec_norm)
             part.copy_(gradient.view(part.shape))
@@ -354,9 +349,10 @@ def _split(x: Tensor, spec: Attention) -> Tensor:
     return x.unflatten(1, (spec.kv_heads, -1, spec.width))
 
 
-def _merged(x: Tensor) -> Tensor:
-    """(n, T, g, d) as (T, n · g · d)."""
-    return x.transpose(0, 1).flatten(1)
+def _as_heads(raw: Sequence[Tensor], spec: Attention) -> Heads:
+    """q, k and v (T, columns) head by head, as views."""
+    q, k, v = (_split(part, spec) for part in raw)
+    return Heads(q, k[:, :, 0], v[:, :, 0])
 
 
 def _for_norm(x: Tensor, spec: Attention) -> Tensor:
@@ -371,8 +367,11 @@ def _normed(x: Tensor, spec: Norm | None) -> Tensor:
     return x if spec is None else norm(x, spec)
 
 
-def _before_norm(dy: Tensor, x: Tensor | None, spec: Norm | None) -> Tensor:
-    return dy if spec is None or x is None else norm_backward(dy, x, spec)
+def _before_norm(dy: Tensor, x: Tensor | None, spec: Norm | None, more: Tensor | None = None) -> Tensor:
+    """The gradient of a norm's input x plus `more`; without a norm it is dy's."""
+    if spec is None or x is None:
+        return dy if more is None else dy.add_(more)
+    return norm_backward(dy, x, spec, more)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onebase.ops import kernels
+from onebase.ops.kernels import natively
+
 _aten = torch.ops.aten
 
 
@@ -36,23 +39,34 @@ class Halves(NamedTuple):
     up: Tensor
 
 
-class Gated(NamedTuple):
-    """z = act(gate) · up, and act(gate), both (T, n)."""
+def _native_gated(x: Halves, activation: str) -> Tensor:
+    if activation not in kernels.GATES or not kernels.by_row(*x):
+        return NotImplemented
+    z = torch.empty(x.gate.shape, dtype=x.gate.dtype)
+    sizes = (z.shape[-1], kernels.GATES[activation], len(z))
+    kernels.call("gate", z, *map(kernels.rows, (z, *x)), *sizes)
+    return z
 
-    z: Tensor
-    active: Tensor
+
+def _native_gated_backward(dz: Tensor, x: Halves, activation: str, out: Halves) -> None:
+    if activation not in kernels.GATES or not kernels.by_row(dz, *x, *out):
+        return NotImplemented
+    sizes = (dz.shape[-1], kernels.GATES[activation], len(dz))
+    kernels.call("gate_backward", dz, *map(kernels.rows, (*out, dz, *x)), *sizes)
+    return None
 
 
-def gated(x: Halves, activation: str) -> Gated:
-    """act(gate) · up.
+@natively(_native_gated)
+def gated(x: Halves, activation: str) -> Tensor:
+    """act(gate) · up, (T, n).
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
-    active = ACTIVATIONS[activation].value(x.gate)
-    return Gated(active * x.up, active)
+    return ACTIVATIONS[activation].value(x.gate).mul_(x.up)
 
 
-def gated_backward(dz: Tensor, done: Gated, x: Halves, activation: str, out: Halves) -> None:
+@natively(_native_gated_backward)
+def gated_backward(dz: Tensor, x: Halves, activation: str, out: Halves) -> None:
     """Write the gradients of gate and up into `out`. The memory of dz is used for it."""
-    torch.mul(dz, done.active, out=out.up)
+    torch.mul(dz, ACTIVATIONS[activation].value(x.gate), out=out.up)
     ACTIVATIONS[activation].gradient(dz.mul_(x.up), x.gate, out.gate)

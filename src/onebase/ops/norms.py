@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from onebase.ops import kernels
+from onebase.ops.kernels import natively
 
 
 class Norm(NamedTuple):
@@ -17,6 +21,35 @@ class Norm(NamedTuple):
     centred: bool = False
 
 
+def _kernel_spec(x: Tensor, spec: Norm) -> kernels.Norm | None:
+    """A norm of x's last dimension as the kernels take it; None where they do not."""
+    shape, shared = spec.weight.shape, spec.weight.ndim == 1
+    usual = spec.weight.dtype == torch.float32 and spec.weight.is_contiguous() and x.ndim > 1
+    if not usual or (x.shape[-1:] if shared else x.shape[1:]) != shape:
+        return None
+    heads = prod(x.shape[1:-1])
+    return kernels.Norm(spec.weight.data_ptr(), heads, x.shape[-1], shared, spec.centred, spec.eps)
+
+
+def _native_norm(x: Tensor, spec: Norm) -> Tensor:
+    made = _kernel_spec(x, spec)
+    if made is None or not kernels.by_row(x):
+        return NotImplemented
+    y = torch.empty(x.shape, dtype=x.dtype)
+    kernels.call("norm", x, kernels.rows(y), kernels.rows(x), made, len(x))
+    return y
+
+
+def _native_norm_backward(dy: Tensor, x: Tensor, spec: Norm, more: Tensor | None = None) -> Tensor:
+    made = _kernel_spec(x, spec)
+    if made is None or not kernels.by_row(dy, x, more) or dy.dtype != x.dtype:
+        return NotImplemented
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    kernels.call("norm_backward", x, *map(kernels.rows, (dx, dy, x, more)), made, len(x))
+    return dx
+
+
+@natively(_native_norm)
 def norm(x: Tensor, spec: Norm) -> Tensor:
     """The norm over the last dimension of x, computed in at least float32, in x's dtype.
 
@@ -28,14 +61,16 @@ def norm(x: Tensor, spec: Norm) -> Tensor:
     return standard.mul_(spec.weight).to(x.dtype)
 
 
-def norm_backward(dy: Tensor, x: Tensor, spec: Norm) -> Tensor:
-    """The gradient of x, in x's dtype. The statistics are computed again: that is cheaper than to keep them."""
+@natively(_native_norm_backward)
+def norm_backward(dy: Tensor, x: Tensor, spec: Norm, more: Tensor | None = None) -> Tensor:
+    """The gradient of x plus `more`, in x's dtype. Computing the statistics again is cheaper than keeping them."""
     standard, factor = _standard(x, spec)
     dx = dy.to(factor.dtype) * spec.weight
     along = torch.linalg.vecdot(dx, standard)[..., None] / x.shape[-1]
     if spec.centred:
         dx -= dx.mean(-1, keepdim=True)
-    return dx.addcmul_(standard, along, value=-1).mul_(factor).to(x.dtype)
+    dx = dx.addcmul_(standard, along, value=-1).mul_(factor).to(x.dtype)
+    return dx if more is None else dx.add_(more)
 
 
 def _standard(x: Tensor, spec: Norm) -> tuple[Tensor, Tensor]:

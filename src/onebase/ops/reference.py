@@ -11,9 +11,10 @@ from torch import Tensor
 from onebase.ops.adapted import Linear
 from onebase.ops.cross_entropy import Head
 from onebase.ops.decoder import Attention, Layer, Updates
+from onebase.ops.forest import Node
 from onebase.ops.lowrank import Factors, lowrank
 from onebase.ops.norms import Norm
-from onebase.ops.prefix import Node, Scoring
+from onebase.ops.prefix import Scoring
 from onebase.ops.rotary import Rotation
 
 GATES = {

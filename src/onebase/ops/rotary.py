@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from onebase.ops import kernels
+from onebase.ops.kernels import natively
 
 
 class Rotation(NamedTuple):
@@ -24,25 +27,32 @@ class Rotation(NamedTuple):
         return self._replace(sin=-self.sin)
 
 
-def rotate(x: Tensor, rotation: Rotation | None, out: Tensor) -> Tensor:
-    """Write x (T, ..., d), turned, into `out` of the same shape and any strides; None turns nothing.
+def _native_rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    if not kernels.by_row(x) or not all(t.is_contiguous() and t.dtype == x.dtype for t in rotation[:2]):
+        return NotImplemented
+    cos, sin = (t.data_ptr() for t in rotation[:2])
+    pairs, heads = rotation.cos.shape[-1], prod(x.shape[1:-1])
+    spec = kernels.Rotation(cos, sin, pairs, heads, x.shape[-1], rotation.interleaved)
+    kernels.call("rotate", x, kernels.rows(x), spec, len(x))
+    return x
+
+
+@natively(_native_rotate)
+def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn x (T, ..., d), of any strides, in its own memory.
 
     Semantics, for the pair (a, b) of channels with the angle θ:
-        out(a) = x(a)·cos θ - x(b)·sin θ
-        out(b) = x(b)·cos θ + x(a)·sin θ
+        x(a), x(b) = x(a)·cos θ - x(b)·sin θ, x(b)·cos θ + x(a)·sin θ
     Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", equation 34.
     """
-    if rotation is None:
-        return out.copy_(x)
     shape = (x.shape[0], *(1,) * (x.ndim - 2), -1)
     cos, sin = (angles.view(shape) for angles in rotation[:2])
     turned = 2 * cos.shape[-1]
-    (first, second), (to_first, to_second) = (_pairs(t[..., :turned], rotation.interleaved) for t in (x, out))
-    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
-    if turned < x.shape[-1]:
-        out[..., turned:] = x[..., turned:]
-    return out
+    first, second = _pairs(x[..., :turned], rotation.interleaved)
+    before = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(before, sin)
+    return x
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The decoder's step as native code: step.c built once with the system's compiler, and its structs filled from a model.
+"""The decoder's step as native code: step.c, built by native.py of the package, and its structs filled from a model.
 
 Nothing here is needed: where there is no compiler or no CPU, the runner computes the same with torch.
 """
@@ -6,10 +6,6 @@ Nothing here is needed: where there is no compiler or no CPU, the runner compute
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import platform
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onebase.errors import OnebaseError
-from onebase.files import atomic_file
-from onebase.models.builtin import cache_home
+from onebase import native
 from onebase.models.reading import ReadLayer, ReadModel, Unsupported
 from onebase.ops.adapted import Linear
 from onebase.ops.decoder import Groups
@@ -30,10 +24,7 @@ from onebase.serve.cache import Cache
 from onebase.serve.weights import Held, Holder
 
 SOURCE = Path(__file__).with_name("step.c")
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-shared", "-fPIC")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_SECONDS = 120  # for the compiler; it takes about one
 
 _pointer, _int, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -92,48 +83,14 @@ class _Batch(ctypes.Structure):
 
 def native_library() -> Any | str:
     """The built step, from the cache folder if it is there; or, as a text, why there is none."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        return "no C compiler was found"
-    source = SOURCE.read_bytes()
-    # Built for this very processor, so another one that shares the folder builds its own.
-    about = "\n".join([compiler, *FLAGS, torch.__version__, platform.machine(), _processor()])
-    target = cache_home() / "native" / f"step-{hashlib.sha256(source + about.encode()).hexdigest()[:16]}.so"
-    try:
-        if not target.exists():
-            _build(compiler, target)
-        library = ctypes.CDLL(str(target))
-    except (OSError, OnebaseError, subprocess.SubprocessError) as error:
-        return f"the step cannot be built: {str(error).splitlines()[0]}"
+    library = native.load("step", [SOURCE])
+    if isinstance(library, str):
+        return library
     library.onebase_scratch.restype = ctypes.c_int64
     library.onebase_scratch.argtypes = [ctypes.POINTER(_Model), _int, _int, _int]
     library.onebase_step.restype = None
     library.onebase_step.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Batch), _int, _int]
     return library
-
-
-def _processor() -> str:
-    """What tells this processor's instructions from another's."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _build(compiler: str, target: Path) -> None:
-    """Build the step with threads, or without where the compiler has no OpenMP."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # torch brings an OpenMP of its own: a second one beside it would mean a second set of threads.
-    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    ways = [["-fopenmp", *map(str, own)], []]
-    with atomic_file(target) as temporary:
-        for number, more in enumerate(ways):
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), *more, "-lm"]
-            last = number == len(ways) - 1
-            done = subprocess.run(command, capture_output=True, check=last, timeout=_SECONDS)
-            if not done.returncode:
-                return
 
 
 class Token(NamedTuple):

@@ -20,7 +20,7 @@ from onebase.ops.gates import Halves, gated
 from onebase.ops.grouped import Place, Segment, add_updates, fill, new_place, segments
 from onebase.ops.grouped import Row as AdapterRow
 from onebase.ops.norms import Norm, norm
-from onebase.ops.rotary import Rotation, rotate
+from onebase.ops.rotary import Rotation, rotate_
 from onebase.serve.cache import Cache, Shape, Span, attend, span_mask
 from onebase.serve.native import NativeStep, Token
 from onebase.serve.weights import Holder, Product, plain_product
@@ -248,7 +248,7 @@ class Runner:
         mid = torch.add(x, a, alpha=layer.residual)
         if not layer.parallel:
             n = _norm(mid, norms.before_mlp)
-        z = gated(Halves(*self._project(number, 2, n, batch).chunk(2, dim=1)), layer.activation).z
+        z = gated(Halves(*self._project(number, 2, n, batch).chunk(2, dim=1)), layer.activation)
         m = _norm(self._project(number, 3, z, batch), norms.after_mlp)
         return torch.add(mid, m, alpha=layer.residual)
 
@@ -311,7 +311,7 @@ def _heads(x: Tensor, spec: Attention, own: Norm | None, rotation: Rotation | No
     x = x.unflatten(1, (-1, spec.width))
     if own is not None and spec.per_head:
         x = _norm(x, own)
-    return x if rotation is None else rotate(x, rotation, torch.empty_like(x))
+    return x if rotation is None else rotate_(x.clone(), rotation)
 
 
 def _norm(x: Tensor, spec: Norm | None) -> Tensor:

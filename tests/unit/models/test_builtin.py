@@ -13,7 +13,8 @@ import pytest
 
 import onebase
 from onebase.errors import BaseError
-from onebase.models.builtin import BUILTINS, Builtin, cache_home, fetch_builtin
+from onebase.files import cache_home
+from onebase.models.builtin import BUILTINS, Builtin, fetch_builtin
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
 

@@ -7,7 +7,7 @@ from onebase.ops.adapted import Dropout, Linear
 from onebase.ops.decoder import Attention, Call, Groups, Layer, Norms, Part, decoder_layer
 from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm
-from onebase.ops.prefix import Scoring, blocks
+from onebase.ops.prefix import Scoring, forest
 from onebase.ops.reference import decoder_reference, visible_in_tree
 from onebase.ops.rotary import Rotation
 from pairs import draw
@@ -100,7 +100,7 @@ def whole(updates, dropout=None):
 def make_call(layer, window=None, rotated=True, **options):
     angles = torch.tensor([0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1])[:, None] * torch.tensor([1.0, 0.3])
     rotation = Rotation(angles.cos().double(), angles.sin().double()) if rotated else None
-    made = blocks(NODES, window, (KEYS, HEADS // KEYS), torch.zeros(1, dtype=torch.float64))
+    made = forest([(0, NODES)], window, (KEYS, HEADS // KEYS), torch.zeros(1, dtype=torch.float64))
     return Call(layer, made, rotation, **options)
 
 

@@ -7,26 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forests import forests, size
+from onebase.ops import forest as trees
 from onebase.ops import prefix
-from onebase.ops.prefix import Cut, Heads, Scoring, blocks, plan, prefix_attention, prefix_attention_backward
+from onebase.ops.forest import Cut, plan
+from onebase.ops.prefix import Heads, Scoring, forest, prefix_attention, prefix_attention_backward
 from onebase.ops.reference import prefix_attention_reference, visible, visible_in_tree
 from pairs import attached, draw
 
 LONE = [(0, 3, -1), (3, 1, -1), (4, 5, -1)]
 TREE = [(0, 4, -1), (4, 2, 0), (6, 3, 0), (9, 1, 2), (10, 2, -1)]
 SHUFFLED = [(5, 4, -1), (3, 2, 0), (9, 3, 0), (0, 3, 1), (12, 1, 2)]
-
-
-@st.composite
-def forests(draw, most_nodes=8, longest=5):
-    """Nodes with random parents, whose tokens stand in any order."""
-    count = draw(st.integers(1, most_nodes))
-    lengths = [draw(st.integers(1, longest)) for _ in range(count)]
-    parents = [draw(st.integers(-1, number - 1)) for number in range(count)]
-    starts, end = {}, 0
-    for number in draw(st.permutations(range(count))):
-        starts[number], end = end, end + lengths[number]
-    return [(starts[n], lengths[n], parents[n]) for n in range(count)]
 
 
 def heads(tokens, key_heads=2, groups=3, width=5, value_width=4, dtype=torch.float64):
@@ -38,24 +29,31 @@ def heads(tokens, key_heads=2, groups=3, width=5, value_width=4, dtype=torch.flo
     return [draw(*shape, seed=n, dtype=dtype) for n, shape in enumerate(shapes)]
 
 
-def size(nodes):
-    return sum(length for _, length, _ in nodes)
+def by_token(x):
+    """(n, T, ...) as (T, n, ...), and back."""
+    return x.transpose(0, 1)
+
+
+def planned(nodes, window, like, groups=(2, 3)):
+    return forest([(0, nodes)], window, groups, like)
 
 
 def as_function(made, scoring):
     def forward(*tensors):
-        return prefix_attention(Heads(*tensors), made, scoring)
+        return by_token(prefix_attention(Heads(*map(by_token, tensors)), made, scoring))
 
     def backward(gradient, *tensors):
-        out = forward(*tensors)
-        return prefix_attention_backward(gradient, out, Heads(*tensors), made, scoring)
+        out, into = forward(*tensors), Heads(*(by_token(t).clone() for t in tensors))
+        outputs = (by_token(gradient), by_token(out))
+        prefix_attention_backward(*outputs, Heads(*map(by_token, tensors)), made, scoring, into)
+        return list(map(by_token, into))
 
     return attached(forward, backward)
 
 
 def check(nodes, window, scoring):
     tensors = heads(size(nodes))
-    made = blocks(nodes, window, (2, 3), tensors[0])
+    made = planned(nodes, window, tensors[0])
     ours = as_function(made, scoring)(*tensors)
     plain = prefix_attention_reference(*tensors, visible_in_tree(nodes, window), scoring)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
@@ -90,7 +88,7 @@ def test_values_and_gradients_are_the_references(nodes, window, softcap):
 def test_gradcheck(softcap):
     nodes = [(0, 3, -1), (3, 2, 0), (5, 1, 0)]
     tensors = heads(6, key_heads=1, groups=2, width=3, value_width=2)
-    made = blocks(nodes, 3, (1, 2), tensors[0])
+    made = planned(nodes, 3, tensors[0], (1, 2))
     assert torch.autograd.gradcheck(as_function(made, Scoring(0.6, softcap)), tensors)
 
 
@@ -103,7 +101,7 @@ def test_gradcheck(softcap):
 )
 def test_any_forest_any_plan(nodes, window, cost, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix, "MOST_QUERIES", most)
+        patch.setattr(trees, "MOST_QUERIES", most)
         patch.setattr(prefix, "BLOCK_COST", cost)
         cuts = plan(nodes, window, cost / 6)
         tokens = [token for cut in cuts for token in range(*cut.queries)]
@@ -133,7 +131,7 @@ def test_a_plan_by_hand():
 
 def test_a_long_row_is_cut_and_sees_its_past():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix, "MOST_QUERIES", 4)
+        patch.setattr(trees, "MOST_QUERIES", 4)
         assert plan([(0, 10, -1)], None, 1) == [
             Cut((0, 4), ((0, 4),)),
             Cut((4, 8), ((0, 8),)),
@@ -173,8 +171,8 @@ def test_as_exact_as_the_reference(dtype):
     tensors = [t.detach() for t in heads(285, width=16, value_width=16, dtype=dtype)]
     seen = visible_in_tree(nodes, None)
     truth = prefix_attention_reference(*(t.double() for t in tensors), seen, scoring)
-    like = tensors[0].float()
-    fast = prefix_attention(Heads(*tensors), blocks(nodes, None, (2, 3), like), scoring)
+    made = planned(nodes, None, tensors[0])
+    fast = by_token(prefix_attention(Heads(*map(by_token, tensors)), made, scoring))
     plain = prefix_attention_reference(*tensors, seen, scoring)
     assert fast.dtype == dtype
     errors = [float((y.double() - truth).abs().max()) for y in (fast, plain)]
@@ -183,11 +181,11 @@ def test_as_exact_as_the_reference(dtype):
 
 def test_no_row_sees_another():
     tensors = [t.detach() for t in heads(size(TREE))]
-    made = blocks(TREE, None, (2, 3), tensors[0])
-    before = prefix_attention(Heads(*tensors), made, Scoring(0.5))
+    made = planned(TREE, None, tensors[0])
+    before = by_token(prefix_attention(Heads(*map(by_token, tensors)), made, Scoring(0.5)))
     for tensor in tensors:
         tensor[:, 4:6] += 100  # node 1, which nothing hangs below
-    after = prefix_attention(Heads(*tensors), made, Scoring(0.5))
+    after = by_token(prefix_attention(Heads(*map(by_token, tensors)), made, Scoring(0.5)))
     changed = (before != after).any(dim=(0, 2, 3)).tolist()
     assert changed == [token in (4, 5) for token in range(12)]
 
@@ -205,4 +203,4 @@ def test_no_row_sees_another():
 )
 def test_what_is_no_forest_is_refused(nodes, reason):
     with pytest.raises(ValueError, match=reason):
-        blocks(nodes, None, (1, 1), torch.zeros(1))
+        planned(nodes, None, torch.zeros(1), (1, 1))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from adapters import trained
 from decoders import DECODERS, decoder
+from onebase import native as building
 from onebase.adapters.adapter import Adapter
 from onebase.config import LoraConfig
 from onebase.errors import ConfigError
@@ -123,7 +124,7 @@ def test_odd_widths_are_packed_in_no_way():
 
 
 def test_without_a_compiler_torch_computes(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
     base = wrap_base(decoder("llama"))
     assert choose_product(base.model).product == "plain"
     engine = Engine(base, AdapterPool(base), Limits(slots=1, context=16))
@@ -134,7 +135,7 @@ def test_without_a_compiler_torch_computes(monkeypatch):
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("ONEBASE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    monkeypatch.setattr(building, "FLAGS", ("--no-such-flag",))
     assert "cannot be built" in str(native.native_library())
     assert [*(tmp_path / "native").iterdir()] == []
 
