@@ -138,9 +138,20 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    if _read_config(Path(folder)).get("task_type") == HEAD_TASK:
+    return _load(Path(folder), base, allow_base_mismatch, None)
+
+
+def load_outline(folder: str | Path, base: HasModel, outline: Mapping[str, Tensor]) -> Adapter:
+    """`load_adapter`, with tensors that have the shapes of the file's, not their values, which are not read."""
+    return _load(Path(folder), base, False, outline)
+
+
+def _load(
+    folder: Path, base: HasModel, allow_base_mismatch: bool, outline: Mapping[str, Tensor] | None
+) -> Adapter:
+    if _read_config(folder).get("task_type") == HEAD_TASK:
         base = base.for_adapter(read_stored(folder).adapter)
-    stored = read_stored(folder, base.model)
+    stored = read_stored(folder, base.model, outline)
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
     problems += fit_problems(base.model, adapter)
     wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
@@ -230,21 +241,23 @@ def read_adapter(folder: str | Path) -> Adapter:
     return stored.adapter
 
 
-def read_stored(folder: str | Path, model: nn.Module | None = None) -> Stored:
+def read_stored(
+    folder: str | Path, model: nn.Module | None = None, outline: Mapping[str, Tensor] | None = None
+) -> Stored:
     """Read a folder that onebase or PEFT wrote. Raises MissingFile, or FormatError that lists every problem.
 
     Factors are widened to float32, which is exact. Nothing is unpickled. The base's model, where it is known, tells
-    which parameters a stored update belongs to; else the order in the config does.
+    which parameters a stored update belongs to; else the order in the config does. An `outline` stands for the tensors.
     """
     folder = Path(folder)
     raw = _read_config(folder)
-    tensors, metadata = _read_tensors(folder)
+    tensors, metadata = _read_tensors(folder, outline)
     sidecar = read_sidecar(folder, metadata)
     modules = dict(base_modules(model)) if model is not None else None
     odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
     if odd_types:
         raise _broken(folder, odd_types)
-    problems = _tensor_problems(tensors)
+    problems = _tensor_problems(tensors) if outline is None else []
     rows = take_rows(tensors, raw)
     parts = sort_tensors(rows.others, saved_modules(raw), holds_biases(raw))
     problems += parts.odd + rows.problems
@@ -330,7 +343,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(
+    folder: Path, outline: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / TENSORS
     if not path.is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
@@ -338,7 +353,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
     try:
         with safe_open(str(path), "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            take = file.get_tensor if outline is None else outline.__getitem__
+            return {key: take(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
         with path.open("rb") as file:
