@@ -26,8 +26,8 @@ ORDER = """
     ops.reference  ops.attention  ops.grouped
     adapters.adapter  adapters.kinds  adapters.patterns  adapters.variants  adapters.layers  adapters.targets
     adapters.tokens  adapters.fitting  adapters.injection  adapters.calibration
-    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_experts  storage.shards  storage.format
-    storage.alike
+    storage.peft_tokens  storage.peft_config  storage.peft_tensors  storage.peft_experts  storage.shards  storage.folder
+    storage.format  storage.alike
     transforms.combining  transforms.arithmetic  transforms.merge  transforms.merge_files  transforms.extraction
     transforms.export
     data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.labels  data.preview
@@ -61,7 +61,7 @@ STRANGERS = [
 # Foreign package -> where alone it may be imported; nowhere for an empty tuple.
 HOMES = {
     "transformers": ("models.",),
-    "safetensors": ("storage.format", "storage.shards"),
+    "safetensors": ("storage.folder", "storage.format", "storage.shards"),
     "huggingface_hub": ("models.",),
     "datasets": ("data.read",),
     "gguf": ("models.gguf_adapter",),

@@ -1,8 +1,8 @@
 """Adapters that differ in their values alone: what was proved of one holds for the next, which costs its bytes only.
 
-Config and header of the tensor file prove all but the values: names, shapes, dtypes, target modules, base fingerprint.
-That is done once for each kind of adapter, those with the same bytes in both; the values are read and checked each time.
-An adapter of which values tell more, such as copies of the base's tensors, is read in full.
+Config and header of the tensor file prove all but the values: names, shapes, dtypes, target modules, the base's
+fingerprint. That is done once for each kind of adapter, those with the same bytes in both; the values are read and
+checked each time. An adapter of which values tell more, such as copies of the base's tensors, is read in full.
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.adapter import Adapter
+from onebase.adapters.fitting import Places
 from onebase.errors import FormatError, OnebaseError
-from onebase.storage.format import (
-    CONFIG,
-    TENSORS,
-    HasModel,
-    load_adapter,
-    load_outline,
-    origin_of,
-    read_sidecar,
-)
+from onebase.storage.folder import CONFIG, TENSORS, read_sidecar
+from onebase.storage.format import HasModel, load_adapter, load_outline, origin_of
 from onebase.storage.shards import DTYPES, MAX_HEADER, TensorInfo, list_tensors
 
 _WIDENED = ("F32", "F16", "BF16")
@@ -58,6 +52,7 @@ class AdapterReader:
 
     def __init__(self, base: HasModel) -> None:
         self._base = base
+        self._places = Places(base.model)  # looked up at the start, not for the first adapter
         self._kinds: dict[_Head, _Kind] = {}
 
     def read(self, folder: str | Path) -> Adapter:
@@ -73,7 +68,7 @@ class AdapterReader:
 
     def _kind(self, folder: Path, head: _Head) -> _Kind | None:
         kind = self._kinds.get(head)
-        if kind is None and (kind := _proved(folder, head, self._base)):
+        if kind is None and (kind := _proved(folder, head, self._base, self._places)):
             while len(self._kinds) >= _MOST:
                 del self._kinds[next(iter(self._kinds))]
             self._kinds[head] = kind
@@ -97,15 +92,16 @@ def _start(sidecar: dict[str, Any]) -> tuple[Any, ...]:
     return bool(sidecar), sidecar.get("start", ""), sidecar.get("tokens", {})
 
 
-def _proved(folder: Path, head: _Head, base: HasModel) -> _Kind | None:
+def _proved(folder: Path, head: _Head, base: HasModel, places: Places) -> _Kind | None:
     """What holds for all adapters of this one's kind; None where more than values may differ between them.
 
     None also where anything is wrong: the full reading says what.
     """
     try:
         stored = sorted(list_tensors(folder / TENSORS), key=lambda info: info.start)
-        outline = {info.name: torch.zeros(1).expand(info.shape) for info in stored}
-        adapter = load_outline(folder, base, outline)
+        nothing = torch.zeros(1)
+        outline = {info.name: nothing.expand(info.shape) for info in stored}
+        adapter = load_outline(folder, base, places, outline)
         metadata: dict[str, str] = json.loads(head.header[8:]).get("__metadata__", {})
         raw: dict[str, Any] = json.loads(head.config)
         start = _start(read_sidecar(folder, metadata))

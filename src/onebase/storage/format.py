@@ -10,38 +10,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
-from onebase.adapters.fitting import fit_problems, with_kinds
+from onebase.adapters.fitting import Places, fit_problems, places_of, with_kinds
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
+from onebase.adapters.targets import match, name_matches, parameter_sites, spec_matches, split_path
 from onebase.config import ALL_LINEAR
 from onebase.errors import (
     BaseMismatch,
     ConfigError,
     FormatError,
-    MissingFile,
     OutputExists,
-    nearest,
 )
 from onebase.files import atomic_file, atomic_folder, write_text
-from onebase.options import fits
+from onebase.storage.folder import CONFIG, SIDECAR, TENSORS, read_config, read_sidecar, read_tensors
 from onebase.storage.peft_config import (
     from_peft,
     holds_biases,
-    is_refused,
     names_start,
-    refusal_hint,
     saved_modules,
     target_spec,
     to_peft,
-    type_problems,
 )
 from onebase.storage.peft_experts import stacked_experts
 from onebase.storage.peft_tensors import (
@@ -56,9 +50,6 @@ from onebase.storage.peft_tensors import (
     without_idle,
 )
 from onebase.storage.peft_tokens import missing_rows, take_rows, to_peft_rows
-
-MAX_JSON = 100_000_000  # bytes; as many as safetensors allows its headers
-CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
@@ -138,30 +129,37 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    return _load(Path(folder), base, allow_base_mismatch, None)
-
-
-def load_outline(folder: str | Path, base: HasModel, outline: Mapping[str, Tensor]) -> Adapter:
-    """`load_adapter`, with tensors that have the shapes of the file's, not their values, which are not read."""
-    return _load(Path(folder), base, False, outline)
-
-
-def _load(
-    folder: Path, base: HasModel, allow_base_mismatch: bool, outline: Mapping[str, Tensor] | None
-) -> Adapter:
-    if _read_config(folder).get("task_type") == HEAD_TASK:
+    folder = Path(folder)
+    if read_config(folder).get("task_type") == HEAD_TASK:
         base = base.for_adapter(read_stored(folder).adapter)
-    stored = read_stored(folder, base.model, outline)
+    places = Places(base.model)
+    return _fitting(folder, base, places, read_stored(folder, places), allow_base_mismatch)
+
+
+def load_outline(
+    folder: str | Path, base: HasModel, places: Places, outline: Mapping[str, Tensor]
+) -> Adapter:
+    """`load_adapter`, with tensors that have the shapes of the file's, not their values, which are not read.
+
+    `places` are the base's.
+    """
+    folder = Path(folder)
+    return _fitting(folder, base, places, read_stored(folder, places, outline))
+
+
+def _fitting(
+    folder: Path, base: HasModel, places: Places, stored: Stored, allow_base_mismatch: bool = False
+) -> Adapter:
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
-    problems += fit_problems(base.model, adapter)
-    wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
+    problems += fit_problems(places, adapter)
+    wanted, given = _expected(places, stored.raw, stored.adapter), set(adapter.lowrank)
     problems += [
         f"{path}: missing: the config targets it, the file has no tensors for it" for path in wanted - given
     ]
     problems += [
         f"{path}: unexpected: the file has tensors, the config does not target it" for path in given - wanted
     ]
-    problems += missing_rows(dict(base_modules(base.model)), stored.raw, adapter.tokens)
+    problems += missing_rows(places.modules, stored.raw, adapter.tokens)
     own = _weights(base.model) if stored.base_copies else {}
     problems += [
         f"{name}: the adapter carries this base tensor, and it is not the base's"
@@ -176,7 +174,7 @@ def _load(
         )
     if problems:
         raise BaseMismatch(f"adapter {folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems)))
-    return with_kinds(base.model, adapter)
+    return with_kinds(places, adapter)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -208,21 +206,21 @@ def _same(copy: Tensor, own: Tensor) -> bool:
     return copy.shape == own.shape and torch.equal(copy.to(coarse), own.detach().to(coarse).cpu())
 
 
-def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
+def _expected(places: Places, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
     """The modules that PEFT would adapt for this config."""
     spec = target_spec(raw)
     if spec.targets == ALL_LINEAR:
         undropped = replace(adapter.config, dropout=0.0)
-        return {target.path for target in match(model, undropped).targets}
+        return {target.path for target in match(places.model, undropped).targets}
     full = tuple(path + "." for path in adapter.full)
     found = {
         path
-        for path, site in adaptable(model).items()
+        for path, site in places.adaptable.items()
         if any(spec_matches(spec.targets, one) for one in (path, site.owner))
         and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in (path, site.owner)))
         and (not spec.layers or split_path(path)[1] in spec.layers)
     }
-    named = parameter_sites(dict(base_modules(model)), spec.parameters)
+    named = parameter_sites(places.modules, spec.parameters)
     return {path for path in (*found, *named) if not (path + ".").startswith(full)}
 
 
@@ -242,7 +240,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def read_stored(
-    folder: str | Path, model: nn.Module | None = None, outline: Mapping[str, Tensor] | None = None
+    folder: str | Path, model: nn.Module | Places | None = None, outline: Mapping[str, Tensor] | None = None
 ) -> Stored:
     """Read a folder that onebase or PEFT wrote. Raises MissingFile, or FormatError that lists every problem.
 
@@ -250,10 +248,10 @@ def read_stored(
     which parameters a stored update belongs to; else the order in the config does. An `outline` stands for the tensors.
     """
     folder = Path(folder)
-    raw = _read_config(folder)
-    tensors, metadata = _read_tensors(folder, outline)
+    raw = read_config(folder)
+    tensors, metadata = read_tensors(folder, outline)
     sidecar = read_sidecar(folder, metadata)
-    modules = dict(base_modules(model)) if model is not None else None
+    modules = places_of(model).modules if model is not None else None
     odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
     if odd_types:
         raise _broken(folder, odd_types)
@@ -305,88 +303,6 @@ def _ordered_parameters(
 
 def _broken(folder: Path, problems: list[str]) -> FormatError:
     return FormatError(f"adapter {folder} is broken", "\n  " + "\n  ".join(problems))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        near = (
-            nearest(folder.name, (p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else []
-        )
-        raise MissingFile(f"adapter {folder}", "no such folder", near)
-    raw = _read_json(folder / CONFIG)
-    unknown = [f"{key}={value!r}" for key, value in raw.items() if is_refused(key, value)]
-    if unknown:
-        asked = f"adapter {folder} uses settings that onebase does not compute"
-        raise FormatError(
-            asked, ", ".join(unknown), hint=refusal_hint([text.partition("=")[0] for text in unknown])
-        )
-    if problems := type_problems(raw):
-        raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
-    return raw
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "no such file; the folder holds " + (
-            ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
-        )
-        raise MissingFile(f"read {path}", found)
-    if (size := path.stat().st_size) > MAX_JSON:
-        raise FormatError(f"read {path}", f"{size} bytes, at most {MAX_JSON} are read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or stored
-    except (ValueError, OSError, RecursionError) as error:
-        raise FormatError(f"read {path}", f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"read {path}", f"a JSON object was expected, found {type(value).__name__}")
-    return cast("dict[str, Any]", value)
-
-
-def _read_tensors(
-    folder: Path, outline: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = folder / TENSORS
-    if not path.is_file():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
-        raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
-    try:
-        with safe_open(str(path), "pt") as file:
-            take = file.get_tensor if outline is None else outline.__getitem__
-            return {key: take(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
-        with path.open("rb") as file:
-            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
-        found = f"broken or cut short ({path.stat().st_size} bytes): {error}"
-        if pickled:
-            found = "a pickle under a safetensors name, which onebase never loads"
-        raise FormatError(f"read {path}", found) from error
-
-
-def read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """onebase.json, {} where there is none; `metadata` is the tensor file's. Raises FormatError."""
-    if not (folder / SIDECAR).is_file():
-        return {}
-    sidecar = _read_json(folder / SIDECAR)
-    odd = [
-        name for name in ("base", "prompt", "training", "head") if not isinstance(sidecar.get(name, {}), dict)
-    ]
-    if not fits(dict[str, int], sidecar.get("tokens", {})):
-        raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
-    if not isinstance(sidecar.get("start", ""), str):
-        raise FormatError(f"read {folder / SIDECAR}", "start must be a text")
-    if odd:
-        raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
-    recorded, inside = (
-        sidecar.get("base", {}).get("fingerprint", ""),
-        metadata.get("onebase.base_fingerprint", ""),
-    )
-    if recorded != inside:
-        found = f"it says fingerprint {recorded or 'none'}, {TENSORS} says {inside or 'none'}"
-        raise FormatError(f"read {folder / SIDECAR}", found, hint="the two files are from different adapters")
-    return sidecar
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,102 @@
+"""The three files of an adapter folder as they stand: config, tensors, sidecar; and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onebase.errors import FormatError, MissingFile, nearest
+from onebase.options import fits
+from onebase.storage.peft_config import is_refused, refusal_hint, type_problems
+
+MAX_JSON = 100_000_000  # bytes; as many as safetensors allows its headers
+CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "onebase.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises MissingFile, or FormatError where it is broken or asks for what we do not compute."""
+    if not folder.is_dir():
+        near = (
+            nearest(folder.name, (p.name for p in folder.parent.iterdir())) if folder.parent.is_dir() else []
+        )
+        raise MissingFile(f"adapter {folder}", "no such folder", near)
+    raw = _read_json(folder / CONFIG)
+    unknown = [f"{key}={value!r}" for key, value in raw.items() if is_refused(key, value)]
+    if unknown:
+        asked = f"adapter {folder} uses settings that onebase does not compute"
+        raise FormatError(
+            asked, ", ".join(unknown), hint=refusal_hint([text.partition("=")[0] for text in unknown])
+        )
+    if problems := type_problems(raw):
+        raise FormatError(f"read {folder / CONFIG}", "; ".join(problems))
+    return raw
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        found = "no such file; the folder holds " + (
+            ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
+        )
+        raise MissingFile(f"read {path}", found)
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise FormatError(f"read {path}", f"{size} bytes, at most {MAX_JSON} are read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be printed or stored
+    except (ValueError, OSError, RecursionError) as error:
+        raise FormatError(f"read {path}", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"read {path}", f"a JSON object was expected, found {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def read_tensors(
+    folder: Path, outline: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, mapped from the file, or those of an `outline`; and the metadata. Raises FormatError."""
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        found = f"only {pickles[0]}, a pickle, which onebase never loads" if pickles else "no such file"
+        raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
+    try:
+        with safe_open(str(path), "pt") as file:
+            take = file.get_tensor if outline is None else outline.__getitem__
+            return {key: take(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+        found = f"broken or cut short ({path.stat().st_size} bytes): {error}"
+        if pickled:
+            found = "a pickle under a safetensors name, which onebase never loads"
+        raise FormatError(f"read {path}", found) from error
+
+
+def read_sidecar(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """onebase.json, {} where there is none; `metadata` is the tensor file's. Raises FormatError."""
+    if not (folder / SIDECAR).is_file():
+        return {}
+    sidecar = _read_json(folder / SIDECAR)
+    odd = [
+        name for name in ("base", "prompt", "training", "head") if not isinstance(sidecar.get(name, {}), dict)
+    ]
+    if not fits(dict[str, int], sidecar.get("tokens", {})):
+        raise FormatError(f"read {folder / SIDECAR}", "tokens must be texts with their ids")
+    if not isinstance(sidecar.get("start", ""), str):
+        raise FormatError(f"read {folder / SIDECAR}", "start must be a text")
+    if odd:
+        raise FormatError(f"read {folder / SIDECAR}", f"must be objects: {', '.join(odd)}")
+    recorded, inside = (
+        sidecar.get("base", {}).get("fingerprint", ""),
+        metadata.get("onebase.base_fingerprint", ""),
+    )
+    if recorded != inside:
+        found = f"it says fingerprint {recorded or 'none'}, {TENSORS} says {inside or 'none'}"
+        raise FormatError(f"read {folder / SIDECAR}", found, hint="the two files are from different adapters")
+    return sidecar
