@@ -41,7 +41,7 @@ def with_kinds(model: nn.Module | Places, adapter: Adapter) -> Adapter:
     """The adapter with each update's kind as the base has it: a file has one flag for all of its layers."""
     sites = sites_of(model, adapter)
     low = {
-        path: low._replace(kind=sites[path].kind) if path in sites else low
+        path: low._replace(kind=sites[path].kind) if path in sites and low.kind != sites[path].kind else low
         for path, low in adapter.lowrank.items()
     }
     return replace(adapter, lowrank=low)

@@ -216,8 +216,8 @@ def _expected(places: Places, raw: Mapping[str, Any], adapter: Adapter) -> set[s
     found = {
         path
         for path, site in places.adaptable.items()
-        if any(spec_matches(spec.targets, one) for one in (path, site.owner))
-        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in (path, site.owner)))
+        if any(spec_matches(spec.targets, one) for one in {path, site.owner})
+        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in {path, site.owner}))
         and (not spec.layers or split_path(path)[1] in spec.layers)
     }
     named = parameter_sites(places.modules, spec.parameters)

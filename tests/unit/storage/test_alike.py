@@ -82,7 +82,9 @@ def test_a_kind_is_proved_once_and_by_the_first_one_that_is_whole(base, tmp_path
     """What is wrong with the first adapter of a kind is found, and does not speak for those that come after it."""
     proved = []
     outlined = alike.load_outline
-    monkeypatch.setattr(alike, "load_outline", lambda *given: proved.append(given[0].name) or outlined(*given))
+    monkeypatch.setattr(
+        alike, "load_outline", lambda *given: proved.append(given[0].name) or outlined(*given)
+    )
     reader, folders = AdapterReader(base), three(base, tmp_path)
     good = (folders[0] / TENSORS).read_bytes()
     broken_tensors(folders[0], 400, NAN)
