@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import field
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeGuard, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -122,6 +123,9 @@ def assign(config: object, **values: object) -> None:
         object.__setattr__(config, name, value)
 
 
+_hints = cache(get_type_hints)
+
+
 def flat_options(config_type: type) -> dict[str, tuple[Any, Any, str]]:
     """All options of a config dataclass and of the ones inside it: name -> (type, default, help)."""
     return _flat_options(config_type())
@@ -129,7 +133,7 @@ def flat_options(config_type: type) -> dict[str, tuple[Any, Any, str]]:
 
 def _flat_options(default: Any) -> dict[str, tuple[Any, Any, str]]:
     options: dict[str, tuple[Any, Any, str]] = {}
-    hints = get_type_hints(type(default))
+    hints = _hints(type(default))
     for item in dataclasses.fields(default):
         value = getattr(default, item.name)
         if dataclasses.is_dataclass(value):

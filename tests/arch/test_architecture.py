@@ -44,8 +44,8 @@ ORDER = """
     training.distributed  training.optim  training.step  training.checkpoint  training.loop
     training.work  training.speed  training.memory  training.warmstart  training.prepare  training.calibrate
     training.plan  training.forecast  training.finish  training.run  training.sweep
-    serve.request  serve.scheduler  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights  serve.native
-    serve.runner
+    serve.request  serve.scheduler  serve.pace  serve.text  serve.sampler  serve.pool  serve.cache  serve.weights
+    serve.native  serve.runner
     serve.prompts  serve.fallback  serve.proof  serve.engine  serve.worker
     web.settings  web.problems  web.protocol  web.metrics  web.answering  web.shapes
     web.guard  web.service  web.http  web.server  web.ray_app

@@ -10,31 +10,48 @@ from torch import Tensor, nn
 from onebase.adapters.adapter import Adapter, LowRank
 from onebase.adapters.kinds import Site, find_site, why_not
 from onebase.adapters.layers import base_modules, base_tensors
-from onebase.adapters.targets import output_head
+from onebase.adapters.targets import adaptable, output_head
 from onebase.adapters.tokens import token_problems
 
 
-def sites_of(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
+class Places:
+    """A base's modules, and the sites for updates among them, looked up once. The base's modules must stay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules, self.adaptable = model, dict(base_modules(model)), adaptable(model)
+
+    def site(self, path: str) -> Site | None:
+        """The site of this path, a module's or a parameter's full name."""
+        return self.adaptable.get(path) or find_site(self.modules, path)
+
+
+def places_of(model: nn.Module | Places) -> Places:
+    """A model's places, looked up now unless they were before."""
+    return model if isinstance(model, Places) else Places(model)
+
+
+def sites_of(model: nn.Module | Places, adapter: Adapter) -> dict[str, Site]:
     """Where each update goes; those that the base has no place for are left out."""
-    modules = dict(base_modules(model))
-    found = {path: find_site(modules, path) for path in adapter.lowrank}
+    places = places_of(model)
+    found = {path: places.site(path) for path in adapter.lowrank}
     return {path: site for path, site in found.items() if site}
 
 
-def with_kinds(model: nn.Module, adapter: Adapter) -> Adapter:
+def with_kinds(model: nn.Module | Places, adapter: Adapter) -> Adapter:
     """The adapter with each update's kind as the base has it: a file has one flag for all of its layers."""
     sites = sites_of(model, adapter)
     low = {
-        path: low._replace(kind=sites[path].kind) if path in sites else low
+        path: low._replace(kind=sites[path].kind) if path in sites and low.kind != sites[path].kind else low
         for path, low in adapter.lowrank.items()
     }
     return replace(adapter, lowrank=low)
 
 
-def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
+def fit_problems(model: nn.Module | Places, adapter: Adapter) -> list[str]:
     """Why an adapter does not fit a model: a sentence for each module, none where it fits."""
-    modules, head = dict(base_modules(model)), output_head(model)
-    found = [_low_problem(modules, path, low) for path, low in adapter.lowrank.items()]
+    places = places_of(model)
+    modules, head = places.modules, output_head(places.model)
+    found = [_low_problem(places, path, low) for path, low in adapter.lowrank.items()]
     for path, state in adapter.full.items():
         module = modules.get(path)
         own = {} if module is None else {n: tuple(t.shape) for n, t in base_tensors(module)}
@@ -53,8 +70,8 @@ def _grew(state: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]]) -> bo
     ][0]
 
 
-def _low_problem(modules: Mapping[str, nn.Module], path: str, low: LowRank) -> str:
-    site = find_site(modules, path)
+def _low_problem(places: Places, path: str, low: LowRank) -> str:
+    site, modules = places.site(path), places.modules
     if site is None:
         if path not in modules:
             return f"{path}: the base has no such module"

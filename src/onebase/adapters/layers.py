@@ -337,14 +337,17 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, tu
 
     Parents come before their children; a module that is shared comes under each of its paths.
     """
-    around: list[Wrapper] = []
-    while isinstance(module, Wrapper):
-        around.append(module)
-        module = module.base
-    yield path, module, tuple(around)
-    for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]  # named_children skips doubles
-        if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name)
+    waiting = [(path, module)]
+    while waiting:
+        path, module = waiting.pop()
+        around: list[Wrapper] = []
+        while isinstance(module, Wrapper):
+            around.append(module)
+            module = module.base
+        yield path, module, tuple(around)
+        children = module._modules.items()  # pyright: ignore[reportPrivateUsage]  # named_children skips doubles
+        below = [(f"{path}.{name}" if path else name, one) for name, one in children if one is not None]
+        waiting += reversed(below)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -90,7 +90,7 @@ def pattern_reader(pattern: Mapping[str, V]) -> Callable[[Sequence[str], V], V]:
     keys, values = keys_of(tuple(pattern)), tuple(pattern.values())
 
     def read(spellings: Sequence[str], default: V) -> V:
-        places = [place for path in spellings if (place := first_key(keys, path)) is not None]
+        places = [place for path in spellings if values and (place := first_key(keys, path)) is not None]
         return values[min(places)] if places else default
 
     return read
@@ -105,14 +105,17 @@ def adaptable(model: nn.Module) -> dict[str, Site]:
     modules = dict(base_modules(model))
     paths: list[str] = []
     for path, module in _once(modules):
-        weights = [n for n, p in module.named_parameters() if n.endswith("weight") and p.ndim == 2]
-        paths += [f"{path}.{n}" for n in weights] if isinstance(module, nn.MultiheadAttention) else [path]
+        inside = module.named_parameters() if isinstance(module, nn.MultiheadAttention) else None
+        weights = (n for n, p in inside or () if n.endswith("weight") and p.ndim == 2)
+        paths += [path] if inside is None else [f"{path}.{n}" for n in weights]
     found = {path: find_site(modules, path) for path in paths}
     return {path: site for path, site in found.items() if site is not None}
 
 
 def parameter_sites(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, Site | None]:
     """The parameters of these names (the full name, or its end after a dot), None where one carries no update."""
+    if not names:
+        return {}
     found = (f"{path}.{n}" for path, m in _once(modules) for n, _ in m.named_parameters(recurse=False))
     found = (*(name for name, _ in modules[""].named_parameters(recurse=False)), *found)
     return {full: find_site(modules, full) for full in found if any(name_matches(n, full) for n in names)}

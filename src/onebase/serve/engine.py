@@ -13,9 +13,20 @@ from onebase.errors import AdapterNameError, BaseError, ConfigError, DataError, 
 from onebase.models.base import Base
 from onebase.models.vocabulary import remembering
 from onebase.serve.fallback import Fallback
+from onebase.serve.pace import Pace
 from onebase.serve.pool import AdapterPool, Pinned, Registered
 from onebase.serve.proof import AUTO, choose_product
-from onebase.serve.request import Event, Limits, NoRoom, PromptTooLong, Request, Result, Stats, TokenLogprob
+from onebase.serve.request import (
+    Event,
+    Limits,
+    NoRoom,
+    PromptTooLong,
+    QueueFull,
+    Request,
+    Result,
+    Stats,
+    TokenLogprob,
+)
 from onebase.serve.runner import Row, Runner
 from onebase.serve.sampler import Choice, Wish, sample, wish
 from onebase.serve.scheduler import Chunk, Job, Scheduler
@@ -59,6 +70,7 @@ class Engine:
         self._runner = None if self.slow else Runner(base.model, self.limits.slots, self.context, hold)
         self._fallback = Fallback(base.model, pool.model_lock)
         self._scheduler = Scheduler(self.limits.slots, self.limits.queue, self.limits.prefill_chunk)
+        self._pace = Pace()
         self._all: dict[str, _Sequence] = {}
         self._words = remembering(base.tokenizer)
         self._cancelled: list[str] = []
@@ -129,7 +141,11 @@ class Engine:
             wish(request),
             min(length + request.max_tokens, self.context),
         )
-        self._scheduler.submit(Job(request.id, request.group, length))
+        try:
+            self._scheduler.submit(Job(request.id, request.group, length))
+        except QueueFull as error:
+            error.seconds = self._pace.seconds(self._scheduler.waiting)
+            raise
         self._all[request.id] = sequence
 
     def _decoder(self, added: dict[str, int]) -> Any:
@@ -203,6 +219,7 @@ class Engine:
                 events.append(self._failed(sequence, str(error), isinstance(error, OnebaseError)))
             else:
                 self._scheduler.start(job, slot, done)
+                self._pace.started()
                 self._counts["prompt"] += job.prompt
                 self._counts["reused"] += done
         return events
@@ -254,9 +271,8 @@ class Engine:
         """Choose the tokens that follow the computed chunks."""
         lasts = [chunk for chunk in chunks if chunk.last]
         finite = logits.amax(dim=-1).isfinite()  # -inf is no token; NaN and inf are failures
-        choices = sample(
-            logits.masked_fill(~finite[:, None], 0), [self._all[chunk.id].wish for chunk in lasts]
-        )
+        logits = logits if finite.all() else logits.masked_fill(~finite[:, None], 0)
+        choices = sample(logits, [self._all[chunk.id].wish for chunk in lasts])
         for chunk in chunks:
             self._scheduler.computed(chunk)
         return [
@@ -303,6 +319,8 @@ class Engine:
             for pin in sequence.pins:
                 self.pool.release(pin)
         del self._all[request.id]
+        if not self._all:
+            self._pace.rested()
         self._done.update([name for name, _ in request.mixture] or [request.adapter or ""])
 
 

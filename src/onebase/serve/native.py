@@ -18,6 +18,7 @@ from onebase.models.reading import ReadLayer, ReadModel, Unsupported
 from onebase.ops.adapted import Linear
 from onebase.ops.decoder import Groups
 from onebase.ops.grouped import Place
+from onebase.ops.lowrank import Factors
 from onebase.ops.norms import Norm
 from onebase.ops.rotary import Rotation
 from onebase.serve.cache import Cache
@@ -41,6 +42,10 @@ class _Linear(ctypes.Structure):
 
 class _Group(ctypes.Structure):
     _fields_ = _fields(layer=_Linear * 3, A=_pointer, B=_pointer * 3, count=_int, rank=_int)
+
+
+class _Update(ctypes.Structure):
+    _fields_ = _fields(A=_pointer, B=_pointer, rank=_int, scale=_real)
 
 
 class _Norm(ctypes.Structure):
@@ -88,6 +93,8 @@ def native_library() -> Any | str:
         return library
     library.onebase_scratch.restype = ctypes.c_int64
     library.onebase_scratch.argtypes = [ctypes.POINTER(_Model), _int, _int, _int]
+    library.onebase_fill.restype = None
+    library.onebase_fill.argtypes = [ctypes.POINTER(_Model), _int, ctypes.POINTER(_Update)]
     library.onebase_step.restype = None
     library.onebase_step.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Batch), _int, _int]
     return library
@@ -189,6 +196,18 @@ class NativeStep:
                 for index, b in enumerate(place.B):
                     group.B[index] = b.data_ptr()
         self._rank = factors[0].qkv.rank if factors else 0
+
+    def fill(self, slot: int, updates: Sequence[Factors | None]) -> None:
+        """Put an adapter's updates (None: it has none there) of all layers, in their order, into a slot of `use`."""
+        sides = [
+            low and (low.A.contiguous(), low.B.contiguous()) for low in updates
+        ]  # kept while they are read
+        rows = (_Update * len(updates))()
+        for row, low, pair in zip(rows, updates, sides, strict=True):
+            if low is not None and pair is not None:
+                row.A, row.B = pair[0].data_ptr(), pair[1].data_ptr()
+                row.rank, row.scale = pair[0].shape[0], low.scale
+        self._library.onebase_fill(self._model, slot, rows)
 
     def forward(self, hidden: Tensor, tokens: Sequence[Token], wanted: Sequence[int]) -> Tensor:
         """The head's output (wanted, vocabulary) for the embedded tokens (T, hidden), which are overwritten."""

@@ -86,6 +86,9 @@ class AdapterPool:
         self._refused: dict[str, tuple[Stamp, str]] = {}
         self._hidden: dict[str, Stamp] = {}  # unloaded by name: not found again while the files are the same
         self._memory: dict[tuple[str, int], Pinned] = {}
+        self._fresh: tuple[Registered, Adapter] | None = (
+            None  # loaded last by name: often the next that is used
+        )
         self._versions = self._clock = 0
         self.loads = self.hits = 0
         if folder is not None:
@@ -128,7 +131,8 @@ class AdapterPool:
     def bytes(self) -> int:
         """Of all adapters in memory."""
         with self._lock:
-            return sum(pinned.bytes for pinned in self._memory.values())
+            fresh = self._fresh[0].bytes if self._fresh else 0
+            return sum(pinned.bytes for pinned in self._memory.values()) + fresh
 
     def load(self, name: str, path: str | Path, replace: bool = False) -> Registered:
         """Register the adapter in a folder under a name; with `replace` in the place of one that has it.
@@ -144,11 +148,12 @@ class AdapterPool:
             if name in self._known and not replace:
                 raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
         folder = self._inside(Path(path))
-        made = self._prove(name, folder, found=False)
+        made, adapter = self._prove(name, folder, found=False)
         with self._lock:
             if name in self._known and not replace:
                 raise AdapterNameError(f"load adapter {name!r}", "that name is taken", hint="unload it first")
             self._register(made)
+            self._fresh = made, adapter
             return made
 
     def unload(self, name: str) -> None:
@@ -177,7 +182,7 @@ class AdapterPool:
             if any(same):
                 continue
             try:
-                made = self._prove(name, self._inside(path), found=one.found if one else True)
+                made, _ = self._prove(name, self._inside(path), found=one.found if one else True)
             except (OnebaseError, OSError, ValueError, RuntimeError) as error:  # a loop of links, too
                 self._refuse(name, stamp, str(error))
             else:
@@ -200,10 +205,11 @@ class AdapterPool:
             one = self._known.get(wanted.name, wanted)
             pinned = self._memory.get((one.name, one.version))
             self.hits += pinned is not None
+            read = self._taken(one) if pinned is None else None
             if pinned is None:
                 self._make_room(one)
         if pinned is None:
-            one, adapter = self._opened(one)
+            one, adapter = self._opened(one, read)
             pinned = Pinned(one.name, one.version, adapter, one.bytes)
         with self._lock:
             self.loads += (one.name, one.version) not in self._memory
@@ -212,17 +218,23 @@ class AdapterPool:
             pinned.users, pinned.used = pinned.users + 1, self._clock
         return pinned
 
-    def _opened(self, one: Registered) -> tuple[Registered, Adapter]:
+    def _opened(self, one: Registered, read: Adapter | None) -> tuple[Registered, Adapter]:
         """The adapter as its files are. Where they changed it is another version: the old one's keys do not fit it."""
-        adapter = self._read(one.path)
+        adapter = read or self._read(one.path)
         while _stamp(one.path) != one.stamp:
-            new = self._prove(one.name, one.path, one.found)
+            new, adapter = self._prove(one.name, one.path, one.found)
             with self._lock:
                 if self._known.get(one.name) is one:
                     self._register(new)
                 self._make_room(new)
-            one, adapter = new, self._read(new.path)
+            one = new
         return one, adapter
+
+    def _taken(self, one: Registered) -> Adapter | None:
+        """What was read to prove it, if it was the last one."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, None
+        return fresh[1] if fresh and fresh[0] is one else None
 
     def release(self, pinned: Pinned) -> None:
         """One user less."""
@@ -241,6 +253,8 @@ class AdapterPool:
         """Let adapters without users go, least recently used first, until the others take `most` bytes; if they do."""
         with self._lock:
             idle = sorted((p for p in self._memory.values() if not p.users), key=lambda p: p.used)
+            if self.bytes > most:
+                self._fresh = None
             while idle and self.bytes > most:
                 gone = idle.pop(0)
                 del self._memory[gone.name, gone.version]
@@ -266,8 +280,10 @@ class AdapterPool:
         current = {(one.name, one.version) for one in self._known.values()}
         for key in [key for key, one in self._memory.items() if not one.users and key not in current]:
             del self._memory[key]
+        if self._fresh and self._known.get(self._fresh[0].name) is not self._fresh[0]:
+            self._fresh = None
 
-    def _prove(self, name: str, folder: Path, found: bool) -> Registered:
+    def _prove(self, name: str, folder: Path, found: bool) -> tuple[Registered, Adapter]:
         stamp = _stamp(folder)
         adapter = self._read(folder)
         if adapter.origin.has_head:
@@ -280,7 +296,8 @@ class AdapterPool:
             version = self._versions
         tensors = adapter.tensors().values()
         sizes = (len(adapter.lowrank), adapter.parameters, sum(tensor.nbytes for tensor in tensors))
-        return Registered(name, folder, version, stamp, found, adapter.config, adapter.origin, *sizes)
+        made = Registered(name, folder, version, stamp, found, adapter.config, adapter.origin, *sizes)
+        return made, adapter
 
     def _read(self, folder: Path) -> Adapter:
         with self.model_lock:

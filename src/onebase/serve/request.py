@@ -13,7 +13,9 @@ MOST_LOGPROBS = 20  # OpenAI's limit
 
 
 class QueueFull(OnebaseError, RuntimeError):
-    """As many requests wait as may; ask again later."""
+    """As many requests wait as may; ask again in about this many seconds."""
+
+    seconds: float = 1.0
 
 
 class PromptTooLong(DataError):

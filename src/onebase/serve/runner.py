@@ -78,6 +78,7 @@ class Runner:
         self._rotations = self._read.rotations(torch.arange(context), self.cache.k.flatten()[:1])
         self._native = NativeStep(self._read, self.cache, self._rotations, hold) if hold else None
         self._adapters: list[Adapter | None] = [None] * slots
+        self._ranks = [0] * slots  # of the adapters
         self._filled: list[Callable[[], Adapter | None]] = [lambda: None] * slots
         self._factors: list[Groups[Place]] = []
 
@@ -98,11 +99,11 @@ class Runner:
 
     def put(self, slot: int, adapter: Adapter | None) -> None:
         """Let a slot's sequence run with this adapter, None for the plain base. Its factors are copied there."""
-        self._adapters[slot] = None
+        self._adapters[slot], self._ranks[slot] = None, 0
         if adapter is None:
             return
         rank = self._rank_with(adapter)
-        self._adapters[slot] = adapter
+        self._adapters[slot], self._ranks[slot] = adapter, _rank(adapter)
         refill = [slot]
         if rank != self._rank:
             self._factors = []  # freed before the new ones are made
@@ -121,7 +122,7 @@ class Runner:
 
     def _rank_with(self, adapter: Adapter) -> int:
         """What they have room for once this adapter is among them: more where it must, less where that halves it."""
-        needed = max(_rank(one) for one in (*self._adapters, adapter) if one is not None)
+        needed = max(_rank(adapter), *self._ranks)
         return self._rank if needed <= self._rank <= 2 * needed else needed
 
     @property
@@ -157,10 +158,17 @@ class Runner:
         if self._filled[slot]() is adapter:  # the slot's last request had the same
             return
         self._filled[slot] = weakref.ref(adapter)
-        for places, paths in zip(self._factors, self._paths, strict=True):
-            for place, group in zip(places, paths, strict=True):
-                lows = [adapter.lowrank.get(path) for path in group]
-                fill(place, slot, [low and low.factors for low in lows])
+        lows = [
+            [low and low.factors for low in map(adapter.lowrank.get, group)]
+            for paths in self._paths
+            for group in paths
+        ]
+        if self._native:
+            self._native.fill(slot, [low for group in lows for low in group])
+            return
+        places = [place for layer in self._factors for place in layer]
+        for place, group in zip(places, lows, strict=True):
+            fill(place, slot, group)
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Tensor:

@@ -32,9 +32,15 @@ typedef struct { /* scales: of each GROUP of a row its step, and in INT4 its lea
 
 typedef struct { /* layers with one input; their updates: A (slots, count * rank, in), B each (slots, rank, out) */
     Linear layer[3];
-    const float *A, *B[3];
+    float *A, *B[3];
     int64_t count, rank;
 } Group;
+
+typedef struct { /* an adapter's for one layer: A (rank, in), B (out, rank); rank 0: it has none */
+    const float *A, *B;
+    int64_t rank;
+    double scale;
+} Update;
 
 typedef struct { /* weight 0: there is none */
     const float *weight;
@@ -409,6 +415,24 @@ static void step(const Model *m, const Batch *b, const Work *w, int id, int team
         meet();
     }
     linear(&m->head, b->logits, m->head.rows, w->normed, hidden, b->wants, share(m->head.rows, 16, id, team));
+}
+
+/* Put an adapter's updates, of every layer and group in order, into a slot: as ops/grouped.py's fill */
+void onebase_fill(const Model *m, int64_t slot, const Update *update) {
+    for (int64_t l = 0; l < m->layers; l++)
+        for (int place = 0; place < 4; place++) {
+            const Group *g = &m->layer[l].group[place];
+            for (int64_t n = 0; n < g->count; n++, update++) {
+                const int64_t rank = update->rank, in = g->layer[n].columns, out = g->layer[n].rows;
+                float *a = g->A + (slot * g->count + n) * g->rank * in, *b = g->B[n] + slot * g->rank * out;
+                const float scale = update->scale;
+                if (rank) memcpy(a, update->A, rank * in * sizeof(float));
+                for (int64_t r = 0; r < rank; r++)
+                    for (int64_t o = 0; o < out; o++) b[r * out + o] = update->B[o * rank + r] * scale;
+                memset(a + rank * in, 0, (g->rank - rank) * in * sizeof(float));
+                memset(b + rank * out, 0, (g->rank - rank) * out * sizeof(float));
+            }
+        }
 }
 
 /* Floats of scratch that a batch needs */

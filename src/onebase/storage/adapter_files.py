@@ -30,18 +30,20 @@ class Files(NamedTuple):
     problems: Sequence[str]  # a sentence for each tensor that is not finite, to be told with all others
 
 
-def read_files(folder: str | Path) -> Files:
+def read_files(folder: str | Path, outline: Mapping[str, Tensor] | None = None) -> Files:
     """The files of a folder that onebase or PEFT wrote, each for itself. Nothing is unpickled.
 
+    An `outline` has a tensor of the right shape for each of the file's, whose own values are then not read.
     Raises MissingFile, or FormatError where a file is broken, or a tensor's dtype not exact in float32.
     """
     folder = Path(folder)
     raw = _read_config(folder)
-    tensors, metadata = _read_tensors(folder)
+    tensors, metadata = _read_tensors(folder, outline)
     odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
     if odd_types:
         raise broken(folder, odd_types)
-    return Files(folder, raw, tensors, metadata, read_sidecar(folder, metadata), _tensor_problems(tensors))
+    problems = _tensor_problems(tensors) if outline is None else []
+    return Files(folder, raw, tensors, metadata, read_sidecar(folder, metadata), problems)
 
 
 def broken(folder: Path, problems: list[str]) -> FormatError:
@@ -85,7 +87,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(
+    folder: Path, outline: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / TENSORS
     if not path.is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
@@ -93,7 +97,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
     try:
         with safe_open(str(path), "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            take = file.get_tensor if outline is None else outline.__getitem__
+            return {key: take(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
         with path.open("rb") as file:

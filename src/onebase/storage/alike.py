@@ -1,25 +1,28 @@
 """Adapters that differ in their values alone: what was proved of one holds for the next, which costs its bytes only.
 
-The first adapter with some config and some header of its tensor file is read and checked in full. A later one with the
-same bytes in both has the same names, shapes, dtypes, target modules and base fingerprint; only its values are new, and
-those are read and checked each time.
+Config and header of the tensor file prove all but the values: names, shapes, dtypes, target modules, the base's
+fingerprint. That is done once for each kind of adapter, those with the same bytes in both; the values are read and
+checked each time. An adapter of which values tell more, such as copies of the base's tensors, is read in full.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from onebase.adapters.adapter import Adapter
+from onebase.adapters.fitting import Places
 from onebase.errors import FormatError, OnebaseError
-from onebase.storage.adapter_files import CONFIG, TENSORS, read_sidecar
+from onebase.storage.adapter_files import CONFIG, TENSORS, read_files, read_sidecar
 from onebase.storage.format import HasModel, load_adapter, origin_of
-from onebase.storage.peft_tensors import to_peft_tensors
-from onebase.storage.shards import DTYPES, MAX_HEADER, list_tensors
+from onebase.storage.shards import DTYPES, MAX_HEADER, TensorInfo, list_tensors
 
 _WIDENED = ("F32", "F16", "BF16")
 _MOST = 64  # kinds of adapters that are remembered
@@ -33,15 +36,15 @@ class _Head(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What was proved of the first adapter of a kind."""
+    """What was proved of a kind."""
 
-    adapter: Adapter  # its tensors are empty
+    adapter: Adapter  # its tensors have no values
     raw: dict[str, Any]  # the config
     metadata: dict[str, str]  # the tensor file's
     start: tuple[Any, ...]  # what the sidecar had beside where the adapter came from
     dtype: torch.dtype
     order: tuple[tuple[str, str], ...]  # in the file: (module path, field)
-    shapes: tuple[torch.Size, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class AdapterReader:
@@ -49,24 +52,27 @@ class AdapterReader:
 
     def __init__(self, base: HasModel) -> None:
         self._base = base
+        self._places = Places(base.model)  # looked up at the start, not for the first adapter
         self._kinds: dict[_Head, _Kind] = {}
 
     def read(self, folder: str | Path) -> Adapter:
         """The adapter in a folder. Raises what `load_adapter` raises."""
         folder = Path(folder)
         head = _read_head(folder)
-        kind = self._kinds.get(head) if head else None
+        kind = self._kind(folder, head) if head else None
         if kind is not None and head is not None:
             sidecar = read_sidecar(folder, kind.metadata)
             if _start(sidecar) == kind.start:
                 return _filled(kind, folder, len(head.header), origin_of(kind.raw, sidecar, kind.metadata))
-        adapter = load_adapter(folder, self._base)
-        made = _kind(folder, adapter, head) if head and head == _read_head(folder) else None
-        if made is not None and head is not None:
+        return _copied(load_adapter(folder, self._base))
+
+    def _kind(self, folder: Path, head: _Head) -> _Kind | None:
+        kind = self._kinds.get(head)
+        if kind is None and (kind := _proved(folder, head, self._base, self._places)):
             while len(self._kinds) >= _MOST:
                 del self._kinds[next(iter(self._kinds))]
-            self._kinds[head] = made
-        return _copied(adapter)
+            self._kinds[head] = kind
+        return kind
 
 
 def _read_head(folder: Path) -> _Head | None:
@@ -86,54 +92,60 @@ def _start(sidecar: dict[str, Any]) -> tuple[Any, ...]:
     return bool(sidecar), sidecar.get("start", ""), sidecar.get("tokens", {})
 
 
-def _kind(folder: Path, adapter: Adapter, head: _Head) -> _Kind | None:
-    """What holds for all adapters of this one's kind; None where more than values may differ between them."""
+def _proved(folder: Path, head: _Head, base: HasModel, places: Places) -> _Kind | None:
+    """What holds for all adapters of this one's kind; None where more than values may differ between them.
+
+    None also where anything is wrong: the full reading says what.
+    """
     try:
         stored = sorted(list_tensors(folder / TENSORS), key=lambda info: info.start)
+        nothing = torch.zeros(1)
+        outline = {info.name: nothing.expand(info.shape) for info in stored}
+        adapter = load_adapter(read_files(folder, outline), base, known=places)
         metadata: dict[str, str] = json.loads(head.header[8:]).get("__metadata__", {})
         raw: dict[str, Any] = json.loads(head.config)
-        sidecar = read_sidecar(folder, metadata)
-    except (OnebaseError, OSError, ValueError):
+        start = _start(read_sidecar(folder, metadata))
+    except (OnebaseError, OSError, ValueError, KeyError, RuntimeError):
         return None
-    dtypes = {info.dtype for info in stored}
-    names = {id(tensor): name for name, tensor in to_peft_tensors(adapter).items()}
+    order, dtypes = _order(adapter, stored, outline), {info.dtype for info in stored}
+    plain = order is not None and len(dtypes) == 1 and dtypes.issubset(_WIDENED)
+    if not plain or head != _read_head(folder):
+        return None
+    shapes = tuple(info.shape for info in stored)
+    return _Kind(adapter, raw, metadata, start, DTYPES[dtypes.pop()], order, shapes)
+
+
+def _order(
+    adapter: Adapter, stored: Sequence[TensorInfo], outline: Mapping[str, Tensor]
+) -> tuple[tuple[str, str], ...] | None:
+    """Which field each stored tensor is; None where one is none, or not as it is stored.
+
+    Such are experts, convolutions, copies of the base's tensors, modules trained in full and token rows.
+    """
     found = {
-        names.get(id(tensor)): (path, field)
+        id(tensor): (path, field)
         for path, low in adapter.lowrank.items()
         for field, tensor in low.tensors().items()
     }
-    # Tensors that are not stored as we hold them, or besides: experts, convolutions, copies of the base's.
-    if adapter.full or adapter.tokens or {info.name for info in stored} != found.keys():
-        return None
-    if len(dtypes) != 1 or not dtypes.issubset(_WIDENED):
-        return None
-    low = {
-        path: one._replace(**{name: torch.empty(0) for name in one.tensors()})
-        for path, one in adapter.lowrank.items()
-    }
-    order = tuple(found[info.name] for info in stored)
-    shapes = tuple(torch.Size(getattr(adapter.lowrank[path], field).shape) for path, field in order)
-    if shapes != tuple(torch.Size(info.shape) for info in stored):
-        return None
-    return _Kind(
-        replace(adapter, lowrank=low), raw, metadata, _start(sidecar), DTYPES[dtypes.pop()], order, shapes
-    )
+    order = tuple(found[id(tensor)] for tensor in outline.values() if id(tensor) in found)
+    whole = len(order) == len(found) == len(stored) and not adapter.full and not adapter.tokens
+    return order if whole else None
 
 
 def _filled(kind: _Kind, folder: Path, start: int, origin: Any) -> Adapter:
     """The adapter of this kind with the folder's values, which are read once, in one piece."""
-    path, count = folder / TENSORS, sum(shape.numel() for shape in kind.shapes)
-    flat = torch.empty(count, dtype=kind.dtype)
+    path, sizes = folder / TENSORS, [*map(math.prod, kind.shapes)]
+    flat = torch.empty(sum(sizes), dtype=kind.dtype)
     data: Any = flat.view(torch.uint8).numpy()
     with path.open("rb") as file:
         file.seek(start)
         if file.readinto(data) != data.nbytes or file.read(1):
             raise FormatError(f"read {path}", f"broken or cut short ({path.stat().st_size} bytes)")
     flat = flat.float()
-    if count and not all(bound.isfinite() for bound in flat.aminmax()):
+    if len(flat) and not all(bound.isfinite() for bound in flat.aminmax()):
         raise FormatError(f"adapter {folder} is broken", "its tensors hold NaN or infinity")
-    fields: dict[str, dict[str, torch.Tensor]] = {}
-    parts = flat.split([shape.numel() for shape in kind.shapes])
+    fields: dict[str, dict[str, Tensor]] = {}
+    parts = flat.split(sizes)
     for (module, field), part, shape in zip(kind.order, parts, kind.shapes, strict=True):
         fields.setdefault(module, {})[field] = part.view(shape)
     low = {module: one._replace(**fields[module]) for module, one in kind.adapter.lowrank.items()}

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
-from onebase.adapters.fitting import fit_problems, with_kinds
+from onebase.adapters.fitting import Places, fit_problems, places_of, with_kinds
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
+from onebase.adapters.targets import match, name_matches, parameter_sites, spec_matches, split_path
 from onebase.config import ALL_LINEAR
 from onebase.errors import (
     BaseMismatch,
@@ -121,27 +121,34 @@ class Stored(NamedTuple):
     base_copies: Mapping[str, Tensor]
 
 
-def load_adapter(folder: str | Path | Files, base: HasModel, allow_base_mismatch: bool = False) -> Adapter:
+def load_adapter(
+    folder: str | Path | Files,
+    base: HasModel,
+    allow_base_mismatch: bool = False,
+    known: Places | None = None,
+) -> Adapter:
     """Read an adapter and prove that it belongs to this base.
 
     Every tensor that the config promises for this model must be there, none besides, each of the right shape;
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
+    `known`: the base's places, where they have been looked up.
     """
     files = folder if isinstance(folder, Files) else read_files(folder)
     if files.raw.get("task_type") == HEAD_TASK:
-        base = base.for_adapter(read_stored(files).adapter)
-    stored = read_stored(files, base.model)
+        base, known = base.for_adapter(read_stored(files).adapter), None
+    places = known or Places(base.model)
+    stored = read_stored(files, places)
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
-    problems += fit_problems(base.model, adapter)
-    wanted, given = _expected(base.model, stored.raw, stored.adapter), set(adapter.lowrank)
+    problems += fit_problems(places, adapter)
+    wanted, given = _expected(places, stored.raw, stored.adapter), set(adapter.lowrank)
     problems += [
         f"{path}: missing: the config targets it, the file has no tensors for it" for path in wanted - given
     ]
     problems += [
         f"{path}: unexpected: the file has tensors, the config does not target it" for path in given - wanted
     ]
-    problems += missing_rows(dict(base_modules(base.model)), stored.raw, adapter.tokens)
+    problems += missing_rows(places.modules, stored.raw, adapter.tokens)
     own = _weights(base.model) if stored.base_copies else {}
     problems += [
         f"{name}: the adapter carries this base tensor, and it is not the base's"
@@ -158,7 +165,7 @@ def load_adapter(folder: str | Path | Files, base: HasModel, allow_base_mismatch
         raise BaseMismatch(
             f"adapter {files.folder} does not fit this base", "\n  " + "\n  ".join(sorted(problems))
         )
-    return with_kinds(base.model, adapter)
+    return with_kinds(places, adapter)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -190,21 +197,21 @@ def _same(copy: Tensor, own: Tensor) -> bool:
     return copy.shape == own.shape and torch.equal(copy.to(coarse), own.detach().to(coarse).cpu())
 
 
-def _expected(model: nn.Module, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
+def _expected(places: Places, raw: Mapping[str, Any], adapter: Adapter) -> set[str]:
     """The modules that PEFT would adapt for this config."""
     spec = target_spec(raw)
     if spec.targets == ALL_LINEAR:
         undropped = replace(adapter.config, dropout=0.0)
-        return {target.path for target in match(model, undropped).targets}
+        return {target.path for target in match(places.model, undropped).targets}
     full = tuple(path + "." for path in adapter.full)
     found = {
         path
-        for path, site in adaptable(model).items()
-        if any(spec_matches(spec.targets, one) for one in (path, site.owner))
-        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in (path, site.owner)))
+        for path, site in places.adaptable.items()
+        if any(spec_matches(spec.targets, one) for one in {path, site.owner})
+        and not (spec.excluded and any(spec_matches(spec.excluded, one) for one in {path, site.owner}))
         and (not spec.layers or split_path(path)[1] in spec.layers)
     }
-    named = parameter_sites(dict(base_modules(model)), spec.parameters)
+    named = parameter_sites(places.modules, spec.parameters)
     return {path for path in (*found, *named) if not (path + ".").startswith(full)}
 
 
@@ -224,7 +231,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     return stored.adapter
 
 
-def read_stored(folder: str | Path | Files, model: nn.Module | None = None) -> Stored:
+def read_stored(folder: str | Path | Files, model: nn.Module | Places | None = None) -> Stored:
     """What the files of an adapter mean. Raises as `read_files`, or FormatError that lists every problem.
 
     Factors are widened to float32, which is exact. The base's model, where it is known, tells which parameters a
@@ -232,7 +239,7 @@ def read_stored(folder: str | Path | Files, model: nn.Module | None = None) -> S
     """
     files = folder if isinstance(folder, Files) else read_files(folder)
     folder, raw, tensors, metadata, sidecar, problems = files
-    modules = dict(base_modules(model)) if model is not None else None
+    modules = places_of(model).modules if model is not None else None
     rows = take_rows(tensors, raw)
     parts = sort_tensors(rows.others, saved_modules(raw), holds_biases(raw))
     problems = [*problems, *parts.odd, *rows.problems]

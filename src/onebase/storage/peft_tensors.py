@@ -142,6 +142,8 @@ def _saved_path(name: str, saved: tuple[str, ...]) -> str:
 
     By PEFT's rule for these, any end of a path will do: its `classifier` also means DistilBERT's `pre_classifier`.
     """
+    if not saved:
+        return ""
     parts = name.split(".")
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))
     return next((path for path in paths if path.endswith(saved)), "")
@@ -224,7 +226,7 @@ def without_idle(
 def _parameter_names(owner: str, spec: TargetSpec, modules: Mapping[str, nn.Module] | None) -> list[str]:
     """The owner's targeted parameters in the order of their registration; none where it is targeted itself."""
     if modules is not None:
-        own = modules[owner].named_parameters(recurse=False) if owner in modules else ()
+        own = modules[owner].named_parameters(recurse=False) if spec.parameters and owner in modules else ()
         return [n for n, _ in own if any(name_matches(t, f"{owner}.{n}") for t in spec.parameters)]
     if spec.targets and spec_matches(spec.targets, owner):
         return []

@@ -14,7 +14,7 @@ from onebase.adapters.targets import Target, output_head, split_path
 from onebase.models.reading import read_model
 from onebase.ops.cross_entropy import CHUNK
 from onebase.ops.decoder import Layer
-from onebase.ops.prefix import MOST_QUERIES
+from onebase.ops.forest import MOST_QUERIES
 
 # Python, PyTorch, transformers and their libraries' buffers, as measured once all is imported, and after a first step.
 IMPORTED, RUNTIME = 360 << 20, 520 << 20

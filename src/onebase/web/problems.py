@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,8 +10,6 @@ from typing import Any, NamedTuple
 from onebase.errors import OnebaseError
 from onebase.serve.request import PromptTooLong, QueueFull, UnknownAdapter
 from onebase.serve.worker import ShuttingDown
-
-RETRY_SECONDS = 1
 
 
 @dataclass(eq=False)
@@ -35,12 +34,11 @@ class _Row(NamedTuple):
     type: str
     param: str | None = None
     code: str | None = None
-    headers: Mapping[str, str] = {}
 
 
 # The first row that an error is an instance of.
 ROWS: dict[type[OnebaseError], _Row] = {
-    QueueFull: _Row(429, "rate_limit_error", None, "queue_full", {"Retry-After": str(RETRY_SECONDS)}),
+    QueueFull: _Row(429, "rate_limit_error", None, "queue_full"),
     ShuttingDown: _Row(503, "service_unavailable_error", None, "shutting_down"),
     UnknownAdapter: _Row(404, "not_found_error", "model", "model_not_found"),
     PromptTooLong: _Row(400, "invalid_request_error", "prompt", "context_length_exceeded"),
@@ -59,7 +57,8 @@ TYPES = {
 def problem_of(error: OnebaseError) -> Problem:
     """An error that a request caused, as the answer to it."""
     row = next(row for kind, row in ROWS.items() if isinstance(error, kind))
-    return Problem(row.status, str(error), row.type, row.param, row.code, row.headers)
+    headers = {"Retry-After": str(math.ceil(error.seconds))} if isinstance(error, QueueFull) else {}
+    return Problem(row.status, str(error), row.type, row.param, row.code, headers)
 
 
 def problem_at(status: int, message: str, headers: Mapping[str, str] | None = None) -> Problem:

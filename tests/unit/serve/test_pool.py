@@ -12,7 +12,7 @@ from onebase.errors import AdapterNameError, ConfigError, MissingFile, OnebaseEr
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, NoRoom, Request, UnknownAdapter
-from onebase.storage.format import save_adapter
+from onebase.storage.format import load_adapter, save_adapter
 from serving import adapter_folder, alone, drained, make_engine, tokens_of, wrap_base
 
 PROMPT = (3, 7, 11, 20)
@@ -98,6 +98,27 @@ def test_memory_grows_with_the_adapters_in_use_alone(base, tmp_path):
     assert pool.bytes == 0
     pinned = pool.acquire(pool.find("a1"))
     assert pool.bytes == sum(t.nbytes for t in pinned.adapter.tensors().values()) == size_of(pool, "a1")
+
+
+def test_what_was_just_loaded_by_name_is_not_read_again_unless_it_changed(base, tmp_path, monkeypatch):
+    adapter_folder(tmp_path, base, 2)
+    pool, reads = AdapterPool(base), []
+    read = pool._reader.read
+    monkeypatch.setattr(pool._reader, "read", lambda folder: reads.append(folder.name) or read(folder))
+    first = pool.load("x", tmp_path / "a0")
+    assert (pool.bytes, reads) == (first.bytes, ["a0"])
+    assert pool.acquire(first).adapter == load_adapter(tmp_path / "a0", base)
+    assert reads == ["a0"]
+    one = pool.load("y", tmp_path / "a1")
+    save_adapter(load_adapter(tmp_path / "a0", base), tmp_path / "a1", overwrite=True)
+    pinned = pool.acquire(one)
+    assert pinned.adapter == load_adapter(tmp_path / "a0", base)
+    assert pinned.version != one.version
+    pool.load("z", tmp_path / "a0")
+    pool.load("z", tmp_path / "a1", replace=True)
+    assert pool.bytes == 3 * first.bytes
+    pool.unload("z")
+    assert pool.bytes == 2 * first.bytes
 
 
 def test_under_a_small_budget_every_request_is_answered(base, tmp_path):
