@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
+from onebase.adapters.adapter import HEAD_TASK, VECTOR_TASK, Adapter, Origin
 from onebase.adapters.fitting import fit_problems, with_kinds
 from onebase.adapters.layers import base_modules
 from onebase.adapters.targets import adaptable, match, name_matches, parameter_sites, spec_matches, split_path
@@ -114,7 +114,7 @@ class HasModel(Protocol):
     """What loading needs of a base: its model, and the digest of its stored tensors (empty if unknown)."""
 
     def for_adapter(self, adapter: Adapter) -> HasModel:
-        """The base with the head that the adapter was trained with, where it has one."""
+        """The base with the head that the adapter was trained with, where it has one, or without its own."""
         ...
 
     @property
@@ -138,7 +138,7 @@ def load_adapter(folder: str | Path, base: HasModel, allow_base_mismatch: bool =
     a recorded fingerprint must be the base's. Raises BaseMismatch that lists all problems at once, FormatError
     where the folder itself is broken. `allow_base_mismatch` lets another fingerprint pass, nothing else.
     """
-    if _read_config(Path(folder)).get("task_type") == HEAD_TASK:
+    if _read_config(Path(folder)).get("task_type") in (HEAD_TASK, VECTOR_TASK):
         base = base.for_adapter(read_stored(folder).adapter)
     stored = read_stored(folder, base.model)
     adapter, problems = _with_added_tokens(stored, base.model), list[str]()
