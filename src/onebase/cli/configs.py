@@ -110,9 +110,8 @@ class EmbedConfig:
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         known = not self.output or self.output.endswith((".npy", ".jsonl"))
         require("output", self.output, known, "a file that ends in .npy or .jsonl")
-        if bool(self.prompt) == bool(self.input):
-            found = "contradict each other" if self.prompt else "neither is given"
-            raise ConfigError("options prompt and input", found, hint="give one of them")
+        if self.prompt and self.input:
+            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ from onebase.cli.using import open_pair, read_prompts
 from onebase.config import DataConfig, build
 from onebase.data.read import read_examples
 from onebase.embedding import embed
+from onebase.errors import ConfigError
 from onebase.files import atomic_file, require_writable, write_text
 
 
 def run(options: dict[str, Any]) -> int:
     """Write a vector for each text: .npy (texts, width), or a JSON object a line."""
     config = build(EmbedConfig, options)
+    if not config.prompt and not config.input:
+        raise ConfigError("options prompt and input", "neither is given", hint="give one of them")
     texts = _texts(config)
     if config.output:
         require_writable(config.output)

@@ -58,6 +58,11 @@ from onebase.training.record import (
 from onebase.training.report import write_report
 
 LIBRARIES = ("onebase", "torch", "transformers", "safetensors", "datasets")
+# What a report on pairs says of their negatives.
+PAIRS = {
+    "negatives": "the other texts of the batch, but for those that its rows pair with the anchor",
+    "searched": "all positives and negatives of the held-out rows",
+}
 REASONS = {
     "completed": "all steps were done",
     "early": "the held-out loss stopped improving",
@@ -317,11 +322,12 @@ def _timing(outcome: Outcome) -> Timing:
 
 def _data_facts(outcome: Outcome) -> dict[str, Any]:
     data = outcome.ready.data
-    facts = dataclasses.asdict(data.summary)
+    facts = {n: v for n, v in dataclasses.asdict(data.summary).items() if n not in ("labels", "pairs") or v}
     findings = [finding["gate"] for finding in facts.pop("findings")]
     return {
         "source": outcome.config.data.data,
         **facts,
+        **(PAIRS if data.summary.kind == "pairs" else {}),
         "held-out rows": len(data.valid_rows.rows),
         "findings": findings,
     }
