@@ -31,7 +31,7 @@ from onebase.adapters.injection import (
     use,
 )
 from onebase.config import LoraConfig, OptimConfig
-from onebase.data.pack import by_length, step_rows
+from onebase.data.pack import by_length, mixed, step_rows
 from onebase.data.template import Encoded
 from onebase.evaluation import mean_loss
 from onebase.models.base import Base, load_base
@@ -110,9 +110,9 @@ def learner(name: str, seed: int, course: Course) -> Generator[Learner]:
 def _adapter(base: Base, method: Method, seed: int, rows: Sequence[Encoded]) -> Generator[Learner]:
     model: Any = base.model
     before, logits = tensor_digests(base_tensors(model)), _logits(model, rows)
-    config = replace(
-        lora_config(method), modules_to_save=base.drawn
-    )  # a head that was drawn is trained in full
+    # A head that was drawn is trained in full; what makes no vector is left out.
+    unused = "re:" + "|".join(rf"{name}\..*" for name in base.unused) if base.unused else ()
+    config = replace(lora_config(method), modules_to_save=base.drawn, exclude_modules=unused)
     adapter = new_adapter(model, config, seed, Origin(base.name, base.fingerprint))
     way = choose(base, "auto", adapter, rows[:4])
     inject(model, adapter, NAME)
@@ -146,8 +146,10 @@ def _every_weight(base: Base, dtype: str) -> Generator[Learner]:
         with rounds:
             return plain(rows)
 
-    way = Way("packed" if base.head is None else "padded")
-    made = Learner(base, loss, parameters, Scorer(loss, by_length), way, lambda: None)
+    way = Way("packed" if base.reader is None else "padded")
+    made = Learner(
+        base, loss, parameters, Scorer(loss, by_length if base.embedder is None else mixed), way, lambda: None
+    )
     with eval_mode(model):
         yield made
     made.proof |= _changed(before, tensor_digests(base_tensors(model)))
@@ -156,9 +158,9 @@ def _every_weight(base: Base, dtype: str) -> Generator[Learner]:
 
 
 def _logits(model: Any, rows: Sequence[Encoded]) -> Tensor:
-    """The plain base's logits of the first row."""
+    """The plain base's logits of the first row; its states where it makes vectors."""
     with torch.no_grad(), use(model, None):
-        return model(input_ids=torch.tensor([rows[0].ids])).logits
+        return model(input_ids=torch.tensor([rows[0].ids]))[0]
 
 
 def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, int]:
@@ -166,9 +168,9 @@ def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, i
 
 
 def plain_loss(base: Base) -> Loss:
-    """Through transformers' own layers: packed rows, or, where a label belongs to a row, padded ones."""
+    """Through transformers' own layers: packed rows, or, where a label or vector belongs to a row, padded ones."""
     model: Any = base.model
-    return packed_loss(model) if base.head is None else whole_loss(base)
+    return packed_loss(model) if base.reader is None else whole_loss(base)
 
 
 class Fitted(NamedTuple):

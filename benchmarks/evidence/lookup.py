@@ -30,6 +30,14 @@ def label_finals(rows: Rows, method: str) -> list[Found]:
     return [found for job in jobs if (found := rows.get(job)) is not None]
 
 
+def pair_finals(rows: Rows, method: str) -> list[Found]:
+    """A method's finished reported runs on the vectors, by seed."""
+    task = rows.setting.pair_task
+    rate = best_rate(rows, task, method, "pair-tune") or 0.0
+    jobs = [Job("pair-final", task, method, rate, seed) for seed in rows.setting.seeds]
+    return [found for job in jobs if (found := rows.get(job)) is not None]
+
+
 def step_runs(rows: Rows, side: str, dtype: str) -> list[Found]:
     jobs = [
         Job("step", rows.setting.main_task, f"{side} {dtype}", seed=run)

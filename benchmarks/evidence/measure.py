@@ -29,14 +29,25 @@ from benchmarks.evidence.plan import LORA, METHODS, Job, Method, best_rate
 from benchmarks.evidence.quantise import quantise, stored_bytes
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import KNOWN, Setting
-from benchmarks.evidence.tasks import METRICS, TASKS, LabelRows, open_labelled, open_task
+from benchmarks.evidence.tasks import (
+    METRICS,
+    TASKS,
+    LabelRows,
+    PairRows,
+    open_labelled,
+    open_pairs,
+    open_task,
+)
 from benchmarks.evidence.tasks import Rows as TaskRows
 from onebase.adapters.adapter import Adapter
 from onebase.adapters.injection import eject, eval_mode, inject, injected, use
 from onebase.config import Sampling
+from onebase.data.template import Encoded
+from onebase.embedding import retrieval, search_of, similarities
 from onebase.errors import Diverged
 from onebase.evaluation import mean_loss
 from onebase.models.base import Base
+from onebase.models.embedder import stated
 from onebase.models.generation import answers
 from onebase.models.scoring import Way, choose, scorer
 from onebase.prediction import baseline, marks, outputs_of
@@ -54,6 +65,7 @@ class Bench:
         self.base = open_base(setting)
         self._tasks: dict[str, TaskRows] = {}
         self._labelled: LabelRows | None = None
+        self._paired: tuple[Base, PairRows] | None = None
         self._ways: dict[tuple[str, bool], Way] = {}
 
     def task(self, name: str) -> TaskRows:
@@ -67,6 +79,15 @@ class Bench:
             base = open_base(self.setting, "float32", self.setting.label_base)
             self._labelled = open_labelled(self.setting.label_task, self.setting, base, self.data)
         return self._labelled
+
+    @property
+    def paired(self) -> tuple[Base, PairRows]:
+        """The maker of vectors and the rows of its task."""
+        if self._paired is None:
+            base = open_base(self.setting, "float32", self.setting.pair_base)
+            base = base.with_embedder(stated(base.folder))
+            self._paired = base, open_pairs(self.setting.pair_task, self.setting, base, self.data)
+        return self._paired
 
     def base_of(self, method: Method) -> Base:
         """The base that an adapter of this method sits on: the shared one, another dtype's, or a rounded one."""
@@ -111,6 +132,10 @@ class Bench:
             config = optim_config(method, job.lr, setting.label_steps, setting.label_batch)
             headed = base.with_head(rows.head, job.seed)
             return Course(headed, lambda: copied(headed), rows.train, rows.test, config)
+        if job.kind.startswith("pair"):
+            base, rows = self.paired
+            config = optim_config(method, job.lr, setting.pair_steps, setting.pair_batch)
+            return Course(base, lambda: copied(base), rows.train, rows.test, config)
         steps = {"scarce": setting.scarce_steps, "long": setting.long_steps}.get(job.kind, setting.steps)
         config = optim_config(method, job.lr, steps, setting.batch_size)
         task = self.task(job.task)
@@ -282,6 +307,28 @@ def run_labels(bench: Bench, job: Job) -> Found:
     return {part: scored.loss if part == "tune" else scored._asdict(), **found}
 
 
+def run_pairs(bench: Bench, job: Job) -> Found:
+    """Vectors: the loss on the tuning rows of a trial; what anchors find among the test rows of a reported run."""
+    plain, rows = bench.paired
+    if not job.method:
+        return {"test": found_by(plain, None, rows.test), "rows": [len(part) for part in rows]}
+    try:
+        base, adapter, found = trained(bench, job)
+    except Diverged as error:
+        return {"tune": None, "diverged": error.found}
+    if job.kind == "pair-tune":
+        return {"tune": found_by(base, adapter, rows.tune)["loss"], **found}
+    return {"test": found_by(base, adapter, rows.test), **found}
+
+
+def found_by(base: Base, adapter: Adapter | None, rows: Sequence[Encoded]) -> dict[str, float]:
+    """Loss, accuracy@1 and MRR@10 of the vectors."""
+    search = search_of(rows)
+    with injected(base.model, adapter, NAME):
+        loss = mean_loss(scorer(base, choose(base, "auto", adapter), NAME), rows, 16)[0]
+        return {"loss": loss, **retrieval(search, similarities(base, search, 16))._asdict()}
+
+
 def run_sizes(bench: Bench, job: Job) -> Found:
     return footprint.sizes(job.method, bench.course(job._replace(task=bench.setting.main_task, lr=1e-4)))
 
@@ -298,6 +345,9 @@ RUN: Mapping[str, Callable[[Bench, Job], Found]] = {
     "label-base": run_labels,
     "label-tune": run_labels,
     "label-final": run_labels,
+    "pair-base": run_pairs,
+    "pair-tune": run_pairs,
+    "pair-final": run_pairs,
     "final": run_final,
     "scarce": run_scarce,
     "swap": run_swap,

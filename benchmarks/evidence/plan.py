@@ -70,6 +70,7 @@ STEP_SIDES = (
 SEEN = ("base", "dtype", "tasks", "pool", "tune_rows", "test_rows", "longest", "answers")
 LEARNT = (*SEEN, "steps", "batch_size")
 LABELS = ("label_task", "label_base", "label_steps", "label_batch", "pool", "test_rows")
+PAIRS = ("pair_task", "pair_base", "pair_steps", "pair_batch", "pool")
 
 
 class Kind(NamedTuple):
@@ -88,6 +89,9 @@ KINDS: dict[str, Kind] = {
     "label-base": Kind(1, LABELS),  # the constant answer
     "label-tune": Kind(1, LABELS),  # as tune and final, a class for a text
     "label-final": Kind(1, LABELS),
+    "pair-base": Kind(1, PAIRS),  # vectors: the base's
+    "pair-tune": Kind(1, PAIRS),
+    "pair-final": Kind(1, PAIRS),
     "scarce": Kind(1, (*SEEN, "scarce_steps", "looks", "batch_size")),
     "swap": Kind(1, LEARNT),  # all tasks' adapters on one base
     "step": Kind(1, ("base", "tasks", "batch_size", "longest", "timed_steps", "timed_runs")),
@@ -287,6 +291,13 @@ def labels(setting: Setting, view: View) -> Wanted:
         yield from finals(view, setting.label_task, method, setting.seeds, "label-")
 
 
+def pairs(setting: Setting, view: View) -> Wanted:
+    yield Job("pair-base", setting.pair_task)
+    for method in BOTH:
+        yield from tuning(view, setting.pair_task, method, "pair-tune")
+        yield from finals(view, setting.pair_task, method, setting.seeds, "pair-")
+
+
 def steps(setting: Setting, view: View) -> Wanted:
     for run in range(setting.timed_runs):
         for dtype in ("bfloat16", "float32") if setting.dtype == "bfloat16" else ("float32",):
@@ -313,6 +324,7 @@ PHASES = (
     Phase((6,), scarce),
     Phase((7,), swap),
     Phase((4,), labels),
+    Phase((4,), pairs),
     Phase((4, 5), other_seeds),
     Phase((8,), where_tuned),
     Phase((4,), default_rate),

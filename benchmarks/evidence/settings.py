@@ -33,6 +33,10 @@ class Setting:
     label_base: str
     label_steps: int
     label_batch: int
+    pair_task: str  # texts that say the same, on an encoder
+    pair_base: str
+    pair_steps: int
+    pair_batch: int
     looks: tuple[int, ...]  # steps after which a scarce run is looked at
     timed_steps: int  # of a step's time
     timed_runs: int  # fresh processes for each way
@@ -65,6 +69,10 @@ REAL = Setting(
     label_base="minilm",
     label_steps=60,
     label_batch=16,
+    pair_task="paraphrase",
+    pair_base="minilm",
+    pair_steps=60,
+    pair_batch=16,
     looks=(0, 4, 8, 16, 24, 32),
     timed_steps=6,
     timed_runs=3,
@@ -91,6 +99,10 @@ QUICK = Setting(
     label_base="tiny",
     label_steps=4,
     label_batch=4,
+    pair_task="alike",
+    pair_base="tiny",
+    pair_steps=4,
+    pair_batch=4,
     looks=(0, 3),
     timed_steps=2,
     timed_runs=1,

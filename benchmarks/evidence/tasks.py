@@ -15,10 +15,12 @@ from onebase.config import DataConfig
 from onebase.data.labels import CLASSIFY, Head, learn_head
 from onebase.data.read import Example
 from onebase.data.template import Encoded, PromptFormat, encode
+from onebase.embedding import encode_texts
 from onebase.errors import MissingFile
 from onebase.evaluation import text_scores
 from onebase.models.base import Base
 from onebase.prediction import encode_rows
+from onebase.tasks import EMBED
 
 Pair = tuple[str, str]  # prompt, answer
 HINT = "--data names the folder with e2e/, wikisql/ and gsm8k/; --quick needs none"
@@ -56,6 +58,14 @@ class LabelRows(NamedTuple):
     tune: list[Encoded]
     test: list[Encoded]
     head: Head
+
+
+class PairRows(NamedTuple):
+    """Texts that belong together, for one base."""
+
+    train: list[Encoded]
+    tune: list[Encoded]
+    test: list[Encoded]
 
 
 class Rows(NamedTuple):
@@ -163,6 +173,42 @@ def open_labelled(name: str, setting: Setting, base: Base, folder: Path) -> Labe
     head = learn_head(CLASSIFY, parts[0])
     config = DataConfig(data=name, holdout=0, task=CLASSIFY)
     return LabelRows(*(encode_rows(base, part, head, config).rows for part in parts), head)
+
+
+def paraphrase(folder: Path) -> Raw:
+    """E2E's sentences by what they say. As many prompts are held out as half of them, since each gives one row."""
+    return parted([(row["prompt"], row["completion"]) for row in lines(folder / "e2e" / "valid.jsonl")], 320)
+
+
+def alike(folder: Path) -> Raw:
+    """The demo's messages by what they are about."""
+    text = (importlib.resources.files("onebase.demo") / "support.jsonl").read_text(encoding="utf-8")
+    found = [
+        (json.loads(line)["prompt"], json.loads(json.loads(line)["completion"])) for line in text.splitlines()
+    ]
+    return parted([(f"{told['intent']} {told['product']}", prompt) for prompt, told in found])
+
+
+PAIRED = {"paraphrase": paraphrase, "alike": alike}
+
+
+def open_pairs(name: str, setting: Setting, base: Base, folder: Path) -> PairRows:
+    """Of each prompt the first text with each of the others; of a held-out prompt with the second alone."""
+    config = DataConfig(data=name, holdout=0, task=EMBED)
+
+    def rows(pairs: Sequence[Pair], each: int) -> list[Encoded]:
+        texts: dict[str, list[str]] = {}
+        for prompt, text in pairs:
+            texts.setdefault(prompt, []).append(text)
+        told = [
+            (first, other) for first, *rest in map(dict.fromkeys, texts.values()) for other in rest[:each]
+        ]
+        random.Random(0).shuffle(told)
+        examples = [Example(n, anchor=a, positive=p) for n, (a, p) in enumerate(told[: setting.pool], 1)]
+        return encode_texts(base, examples, config).rows
+
+    train, tune, test = PAIRED[name](folder)
+    return PairRows(rows(train, setting.pool), rows(tune, 1), rows(test, 1))
 
 
 def number(text: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from onebase.errors import ConfigError, nearest
 from onebase.options import assign, build, flatten, names, opt, pairs, require, require_pattern
+from onebase.tasks import POOLINGS, PoolingName, TaskName, require_read, require_task
 
 __all__ = ["build", "flatten"]
 
@@ -22,20 +23,9 @@ MAX_RANK = 1 << 20  # more rows than any weight has
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
-TaskName = Literal["causal", "classify", "regress"]
-CombineMethod = Literal[
-    "cat",
-    "svd",
-    "linear",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "magnitude_prune",
-    "ties_svd",
-    "dare_linear_svd",
-    "dare_ties_svd",
-    "magnitude_prune_svd",
-]
+_OnFactors = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+_OnUpdates = Literal["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
+CombineMethod = Literal[_OnFactors, _OnUpdates]
 
 # Checks that stop a run before its first step; `--allow NAME` lets a run pass one of them.
 GATES: dict[str, str] = {
@@ -44,6 +34,8 @@ GATES: dict[str, str] = {
     "double-bos": "a row starts with two beginning-of-text tokens",
     "unmarked-turns": "the chat template does not let assistant turns be told from the rest",
     "rare-class": "a class that has fewer than two training rows",
+    "empty-text": "a text of a pair has no token of its own",
+    "same-text": "two texts of a row are the same, so that it says nothing or contradicts itself",
     "untrained-special": "the loss covers added special tokens whose embedding is frozen and untrained",
     "uneven-targets": "a target matches in some layers and not in others",
     "base-mismatch": "the adapter to start from was made for a base with another fingerprint",
@@ -168,7 +160,8 @@ class DataConfig:
 
     task: TaskName = opt(
         "causal",
-        "what rows teach: causal (their text, token by token), classify (a label for a text), regress (a number)",
+        "what rows teach: causal (their text, token by token), classify (a label for a text), regress (a number), "
+        "embed (vectors that are near where texts belong together)",
     )
     data: str = opt("", "file (.jsonl .json .csv .parquet) or hub dataset name to train on")
     split: str = opt("train", "split of a hub dataset")
@@ -195,12 +188,21 @@ class DataConfig:
         "error", "rows longer than max_length: refuse to start, cut their end, or leave them out"
     )
     allow: str | list[str] = opt(list, "gates to override by name: " + ", ".join(GATES))
+    pooling: PoolingName = opt(
+        "",
+        "embed: how token states become a vector: mean, cls, last, max (empty: as the base says, else mean)",
+    )
+    similarity_scale: float = opt(
+        20.0,
+        "embed: cosine similarities times this, 1/temperature (20: sentence-transformers; SimCSE's 0.05)",
+    )
 
     def __post_init__(self) -> None:
-        require("task", self.task, self.task in get_args(TaskName), "one of " + ", ".join(get_args(TaskName)))
-        if self.task != "causal" and (self.chat or self.system):
-            found = "a labelled text is not rendered as a chat"
-            raise ConfigError(f"options task={self.task} and {'chat' if self.chat else 'system'}", found)
+        require_task(self.task)
+        require_read(self.task, self)
+        require("pooling", self.pooling, self.pooling in ("", *POOLINGS), "one of " + ", ".join(POOLINGS))
+        positive = math.isfinite(self.similarity_scale) and self.similarity_scale > 0
+        require("similarity_scale", self.similarity_scale, positive, "a finite number above 0")
         require("holdout", self.holdout, self.holdout >= 0, "0 or more")
         require("limit", self.limit, self.limit >= 0, "0 or more")
         require(
@@ -332,6 +334,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < SEEDS, "0 or more, and below 2^63")
         require("samples", self.samples, self.samples >= 0, "0 or more")
+        require_read(self.data.task, self.lora, self.optim)
         require(
             "dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"
         )

@@ -1,6 +1,7 @@
 """How good answers are: loss and perplexity on the answer's tokens, exact match, BLEU and chrF of what is generated.
 
-An adapter with a head gives labels instead: accuracy and macro F1, or correlation and R².
+An adapter with a head gives labels instead: accuracy and macro F1, or correlation and R². One that makes vectors finds
+texts: accuracy@1 and MRR@10.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from onebase.adapters.injection import injected
 from onebase.config import DataConfig, Sampling, build
 from onebase.data.read import Example, read_examples
 from onebase.data.template import Encoded, PromptFormat, encode
+from onebase.embedding import as_trained, encode_texts, retrieval, search_of, similarities, with_its_embedder
 from onebase.models.base import Base
 from onebase.models.generation import answers, format_of
 from onebase.models.scoring import Scorer, choose, loss_tokens, scorer
 from onebase.models.vocabulary import for_adapter
 from onebase.prediction import baseline, encode_rows, marks, outputs_of, read_as_trained, with_its_head
+from onebase.tasks import EMBED
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one set of rows. `loss` is the mean over the targets: nats a loss token, or a row that has a class;
-    the squared error of a row that has a number. `tokens` counts the targets.
+    """One model on one set of rows. `loss` is the mean over the targets: nats a loss token, or a row with a class or
+    of a pair; the squared error of a row that has a number. `tokens` counts the targets.
 
     `exact_match` is a fraction; BLEU and chrF are sacrebleu's, from 0 to 100, with every reference that the
     data has for a prompt. The three are None where nothing was generated. The others are those of
-    `prediction.Marks`, None without a head.
+    `prediction.Marks`, None without a head, and of `embedding.Retrieval`, None but for vectors.
     """
 
     loss: float
@@ -46,6 +49,8 @@ class Scores:
     macro_f1: float | None = None
     pearson: float | None = None
     r2: float | None = None
+    accuracy_at_1: float | None = None
+    mrr_at_10: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -73,10 +78,13 @@ def evaluate(
     """Score the base with this adapter (None: the plain base) on a file's rows; `options` as in DataConfig.
 
     Without `sampling` nothing is generated: loss and perplexity only. Tokens that the adapter added are its own:
-    the plain base reads their texts as it always did. An adapter with a head is scored on rows with labels.
+    the plain base reads their texts as it always did. An adapter with a head is scored on rows with labels; one that
+    makes vectors, or with task="embed" the plain base, on pairs.
     """
     if adapter is not None and adapter.origin.has_head:
         return evaluate_labels(base, data, adapter, **options)[0]
+    if options.get("task") == EMBED or (adapter is not None and adapter.origin.embeds):
+        return evaluate_pairs(base, data, adapter, **options)
     base = for_adapter(base, adapter)
     config = build(DataConfig, {"holdout": 0, **options})
     examples = read_examples(data, config) if isinstance(data, str) else list(data)
@@ -103,6 +111,24 @@ def evaluate_labels(
         found = marks(head, outputs_of(base, rows, 16), rows)
     scored = [Scores(tokens=len(rows), **one._asdict()) for one in (found, baseline(head, rows))]
     return scored[0], scored[1]
+
+
+def evaluate_pairs(
+    base: Base, data: str | Sequence[Example], adapter: Adapter | None = None, **options: Any
+) -> Scores:
+    """Vectors on rows of texts that belong together: the loss in batches of 16, and how well anchors find positives.
+
+    The plain base (None) pools as its folder states, or by `pooling`.
+    """
+    config = as_trained(adapter, {**options, "task": EMBED})
+    base = with_its_embedder(base, adapter, config.pooling)
+    examples = read_examples(data, config) if isinstance(data, str) else list(data)
+    rows = encode_texts(base, examples, config).rows
+    search = search_of(rows)
+    with injected(base.model, adapter, "evaluate"):
+        loss, count = mean_loss(scorer(base, choose(base, "auto", adapter), "evaluate"), rows, 16)
+        found = similarities(base, search, 16)
+    return Scores(loss, count, **retrieval(search, found)._asdict())
 
 
 def score_answers(

@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "onebase"
 
 # Every module, from the bottom up. A module imports only from modules before it.
 ORDER = """
-    errors  files  options  config  grid  device  native
+    errors  files  options  tasks  config  grid  device  native
     ops.lowrank  ops.products  ops.kernels  ops.norms  ops.gates  ops.rotary  ops.forest  ops.prefix  ops.adapted
     ops.cross_entropy  ops.decoder
     ops.reference  ops.attention  ops.grouped
@@ -33,13 +33,14 @@ ORDER = """
     storage.alike
     transforms.combining  transforms.arithmetic  transforms.merge  transforms.merge_files  transforms.extraction
     transforms.export
-    data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.labels  data.preview
+    data.read  data.split  data.template  data.modelfile  data.trie  data.pack  data.checks  data.labels  data.pairs
+    data.preview
     diagnosis.names  diagnosis.salvage  diagnosis.measures  diagnosis.case  diagnosis.own  diagnosis.against
     diagnosis.checkup  diagnosis.comparison
-    models.builtin  models.fingerprint  models.gguf  models.heads  models.base  models.vocabulary  models.packing
-    models.loss  models.generation  models.stored  models.merging  models.gguf_adapter  models.probing  models.families
-    models.reading  models.engine  models.below  models.scoring
-    prediction  evaluation
+    models.builtin  models.fingerprint  models.gguf  models.heads  models.embedder  models.base  models.vocabulary
+    models.packing  models.loss  models.generation  models.stored  models.merging  models.gguf_adapter
+    models.probing  models.families  models.reading  models.engine  models.below  models.scoring
+    prediction  embedding  evaluation
     training.record  training.curves  training.report  training.card  training.loggers
     training.distributed  training.optim  training.step  training.checkpoint  training.loop
     training.work  training.speed  training.memory  training.warmstart  training.prepare  training.calibrate
@@ -50,9 +51,9 @@ ORDER = """
     web.settings  web.problems  web.protocol  web.metrics  web.answering  web.shapes
     web.guard  web.service  web.http  web.server  web.ray_app
     demo  demo.make_data
-    cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.sweep  cli.preview  cli.predict  cli.generate
-    cli.chat  cli.evaluate  cli.inspect  cli.demo  cli.merge  cli.combine  cli.extract  cli.export  cli.pictures
-    cli.doctor  cli.compare  cli.bench  cli.serve  cli.parser  cli.main
+    cli.configs  cli.console  cli.screen  cli.using  cli.train  cli.sweep  cli.preview  cli.predict  cli.embed
+    cli.generate  cli.chat  cli.evaluate  cli.inspect  cli.demo  cli.merge  cli.combine  cli.extract  cli.export
+    cli.pictures  cli.doctor  cli.compare  cli.bench  cli.serve  cli.parser  cli.main
     __main__
 """.split()
 

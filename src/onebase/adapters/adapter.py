@@ -81,6 +81,7 @@ def block(low: LowRank, number: int) -> LowRank:
 
 
 HEAD_TASK = "SEQ_CLS"  # PEFT's task_type of adapters that carry a head for whole rows
+VECTOR_TASK = "FEATURE_EXTRACTION"  # and of those whose base gives states, of which vectors are made
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,22 @@ class Origin:
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])  # new to the tokenizer: text -> id
     head: Mapping[str, Any] = field(
         default_factory=dict[str, Any]
-    )  # what a head's outputs mean (data.labels.Head)
+    )  # what a head's outputs mean (data.labels.Head), or how vectors are made (models.embedder.Embedder)
 
     @property
     def has_head(self) -> bool:
         """Whether the adapter reads whole texts, with a head of its own, instead of writing them."""
         return self.task == HEAD_TASK
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the adapter makes a vector of a text."""
+        return self.task == VECTOR_TASK
+
+    @property
+    def writes(self) -> bool:
+        """Whether the adapter is for a base that writes text."""
+        return not self.has_head and not self.embeds
 
 
 @dataclass(frozen=True, eq=False)

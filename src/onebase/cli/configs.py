@@ -10,6 +10,7 @@ from onebase.errors import ConfigError
 from onebase.grid import swept_options
 from onebase.options import assign, names, opt, require
 from onebase.serve.request import Limits
+from onebase.tasks import PoolingName
 from onebase.web.settings import KEY_VARIABLE, Settings
 
 
@@ -79,6 +80,36 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        if self.prompt and self.input:
+            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """`onebase embed`."""
+
+    prompt: str = opt("", "one text")
+    input: str = opt("", "file of texts: a .txt with one a line, or any data file with a text column")
+    output: str = opt(
+        "",
+        "write the vectors here, a row each: .npy (float32) or .jsonl (with the texts) (empty: the screen)",
+    )
+    map: dict[str, str] | str = opt(dict, "rename the input's columns, for example text=sentence")
+    pooling: PoolingName = opt(
+        "",
+        "without an adapter: mean, cls, last or max of the tokens' states (empty: as the base says, else mean)",
+    )
+    max_length: int = opt(0, "longest text in tokens (0: as in the adapter's training)")
+    overlong: Literal["", "error", "truncate"] = opt(
+        "", "texts that are longer: refuse them, or cut their end (empty: as in the adapter's training)"
+    )
+    batch_size: int = opt(16, "texts in one batch")
+    using: WithAdapter = opt(WithAdapter, "")
+
+    def __post_init__(self) -> None:
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        known = not self.output or self.output.endswith((".npy", ".jsonl"))
+        require("output", self.output, known, "a file that ends in .npy or .jsonl")
         if self.prompt and self.input:
             raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
 

@@ -17,11 +17,12 @@ from onebase.config import build, flatten
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.errors import ConfigError
-from onebase.evaluation import Scores, evaluate, evaluate_labels
+from onebase.evaluation import Scores, evaluate, evaluate_labels, evaluate_pairs
 from onebase.files import require_writable, write_text
 from onebase.models.base import Base
 from onebase.models.heads import head_of
 from onebase.storage.format import read_adapter
+from onebase.tasks import CAUSAL, EMBED
 from onebase.training.report import WORDINGS
 
 METRICS = {  # name -> (how it is written, is a larger value better)
@@ -32,6 +33,7 @@ METRICS = {  # name -> (how it is written, is a larger value better)
     "chrf": "{:.2f}",
 }
 OF_TEXT, OF_LABELS = ("exact_match", "bleu", "chrf"), ("accuracy", "macro_f1", "pearson", "r2")
+OF_PAIRS = ("accuracy_at_1", "mrr_at_10")
 CUTTING = ("max_length", "overlong")
 SPLITTING = ("data", "holdout", "split_by")
 # Taken from the adapter's training unless given: other values would score what it was not taught.
@@ -48,10 +50,11 @@ def run(options: dict[str, Any]) -> int:
     if config.output:
         require_writable(config.output)
     base, adapter = open_pair(config.using)
-    if config.data.task != "causal":
-        return _labels(
-            config, base, adapter, rows, {name: options[name] for name in CUTTING if name in options}
-        )
+    cutting = {name: options[name] for name in CUTTING if name in options}
+    if config.data.task == EMBED:
+        return _pairs(config, base, adapter, rows, cutting)
+    if config.data.task != CAUSAL:
+        return _labels(config, base, adapter, rows, cutting)
     sampling = config.sampling if config.generate and rows[0].kind != "text" else None
     data = {name: value for name, value in flatten(config.data).items() if name not in SPLITTING}
     scores = {"base": evaluate(base, rows, None, sampling, **data)}
@@ -74,6 +77,18 @@ def _labels(
     return 0
 
 
+def _pairs(
+    config: EvalConfig, base: Base, adapter: Adapter | None, rows: list[Example], cutting: Mapping[str, Any]
+) -> int:
+    """How well vectors find what belongs together, by the plain base and by the adapter."""
+    pooling = adapter.origin.head.get("pooling", "") if adapter is not None else config.data.pooling
+    scores = {"base": evaluate_pairs(base, rows, None, pooling=pooling, **cutting)}
+    if adapter is not None:
+        scores["adapter"] = evaluate_pairs(base, rows, adapter, **cutting)
+    _tell(config, scores, len(rows))
+    return 0
+
+
 def _tell(config: EvalConfig, scores: dict[str, Scores], rows: int) -> None:
     if config.output:
         write_text(config.output, json.dumps({n: _as_json(s) for n, s in scores.items()}, indent=2) + "\n")
@@ -87,6 +102,7 @@ def _trained_with(options: Mapping[str, Any]) -> dict[str, Any]:
     adapter = read_adapter(options["adapter"])
     settings = adapter.origin.training.get("settings", {})
     task = {"task": head_of(adapter).task} if adapter.origin.has_head else {}
+    task |= {"task": EMBED} if adapter.origin.embeds else {}
     return {name: settings[name] for name in LIKE_TRAINING if name in settings} | task
 
 
@@ -100,15 +116,17 @@ def _rows(config: EvalConfig) -> list[Example]:
 
 def _as_json(scores: Scores) -> dict[str, Any]:
     values = dataclasses.asdict(scores)
-    labelled = any(values[name] is not None for name in OF_LABELS)
-    values |= {} if labelled else {"perplexity": scores.perplexity}
-    unused = OF_TEXT if labelled else OF_LABELS
-    return {name: value for name, value in values.items() if name not in (*unused, "answers")}
+    kinds = [OF_LABELS, OF_PAIRS]
+    own = next((one for one in kinds if any(values[name] is not None for name in one)), OF_TEXT)
+    values |= {"perplexity": scores.perplexity} if own is OF_TEXT else {}
+    unused = {"answers", *(name for one in (*kinds, OF_TEXT) if one is not own for name in one)}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def _print(scores: dict[str, Scores], rows: int, task: str) -> None:
     if task != "causal":
-        table = Table("", *scores, title=f"{rows:,} rows with a label", title_justify="left")
+        kind = "pairs" if task == EMBED else "rows with a label"
+        table = Table("", *scores, title=f"{rows:,} {kind}", title_justify="left")
         for field, label, unit, _ in WORDINGS[task].measures:
             values = [getattr(score, field) for score in scores.values()]
             forms = "{:.1%}" if unit == "%" else "{:.4f}"

@@ -18,6 +18,7 @@ from onebase.errors import ConfigError
 from onebase.ops.lowrank import update
 from onebase.storage.adapter_files import TENSORS
 from onebase.storage.format import read_adapter
+from onebase.tasks import EMBED
 from onebase.training.report import count, plain, size
 
 VARIANTS = {"rslora": "rsLoRA", "dora": "DoRA", "lora_bias": "with bias"}
@@ -95,7 +96,9 @@ def _print(facts: dict[str, Any]) -> None:
         ("prompt format", json.dumps(facts["prompt"]) if facts["prompt"] else "not recorded"),
         ("trained in full", ", ".join(item["module"] for item in facts["trained in full"]) or "nothing"),
     ]
-    if facts["head"]:
+    if facts["head"].get("task") == EMBED:
+        rows.append(("vectors", plain({name: v for name, v in facts["head"].items() if name != "task"})))
+    elif facts["head"]:
         rows.append(("head", plain(Head.from_dict(facts["head"]).labels or facts["head"]["task"])))
     rows += _token_rows(facts)
     rows += [(f"training: {name}", str(training[name])) for name in TRAINING if name in training]

@@ -59,6 +59,12 @@ COMMANDS: dict[str, Command] = {
         "say which label an adapter with a head gives to a text or a file of them, and how sure it is",
         "onebase predict --adapter runs/stars --prompt 'It broke after a day'",
     ),
+    "embed": Command(
+        configs.EmbedConfig,
+        "embed",
+        "write the vector of each text, by an adapter that was trained for it or by the plain base",
+        "onebase embed --adapter runs/near --input texts.jsonl --output vectors.npy",
+    ),
     "chat": Command(
         configs.ChatConfig,
         "chat",
@@ -74,7 +80,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         configs.EvalConfig,
         "evaluate",
-        "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF; or labels: accuracy, F1, R²",
+        "score base and adapter on rows: loss, perplexity, exact match, BLEU, chrF; labels: accuracy, F1, R²; or pairs",
         "onebase eval --adapter runs/first --data test.jsonl",
     ),
     "combine": Command(

@@ -59,8 +59,8 @@ def print_plan(plan: Plan, prediction: Prediction | None = None) -> None:
                 ("rows", f"{count(plan.rows)} to train on, {count(plan.valid_rows)} held out"),
                 (
                     "tokens in one pass",
-                    f"{count(plan.tokens)}, for {count(plan.loss_tokens)} labels"
-                    if plan.labels
+                    f"{count(plan.tokens)}, for {count(plan.loss_tokens)} {plan.kind}"
+                    if plan.kind != "text"
                     else f"{count(plan.tokens)}, of which {count(plan.loss_tokens)} carry loss",
                 ),
                 *([("labels", plain(plan.labels))] if plan.labels else []),
@@ -159,10 +159,10 @@ def print_record(record: RunRecord) -> None:
 
 
 def _results(record: RunRecord) -> list[tuple[str, str]]:
-    """What training changed on the held-out rows: the loss; for labels each measure beside a constant answer's."""
+    """What training changed on the held-out rows: the loss; for labels and vectors each measure of the task."""
     assert record.before is not None
     assert record.after is not None
-    if not record.head:
+    if not record.head and not record.embedder:
         return [("held-out loss", f"{record.before.loss:.4f} -> {record.after.loss:.4f}")]
     words, shown = wording(record), list[tuple[str, str]]()
     for label, before, after, unit, _ in changes(record.before, record.after, words):

@@ -32,11 +32,12 @@ def require_given(config: Any, names: Sequence[str], hint: str) -> None:
 
 
 def require_text(adapter: Adapter | None) -> None:
-    """Raise BaseError for an adapter that gives labels instead of text."""
-    if adapter is not None and adapter.origin.has_head:
-        raise BaseError(
-            "an answer in words", "the adapter has a head that gives labels", hint="use onebase predict"
-        )
+    """Raise BaseError for an adapter that gives labels or vectors instead of text."""
+    if adapter is not None and not adapter.origin.writes:
+        labels = adapter.origin.has_head
+        found = "the adapter has a head that gives labels" if labels else "the adapter makes vectors"
+        hint = f"use onebase {'predict' if labels else 'embed'}"
+        raise BaseError("an answer in words", found, hint=hint)
 
 
 def base_name(given: str, adapter: str) -> str:

@@ -17,13 +17,14 @@ FIXES = {
     "double-bos": "remove the beginning-of-text token from the data or from the chat template: one is enough",
     "unmarked-turns": "put {% generation %} tags into the chat template, or use prompt and completion rows",
     "rare-class": "give the class more rows, or leave its rows out",
+    "empty-text": "remove these rows, or give them a text",
+    "same-text": "remove these rows, or give them another text",
     "untrained-special": "train their rows with --trainable-tokens, or use a template with trained tokens",
 }
 
 
-OF_LABELS = frozenset(
-    {"rare-class"}
-)  # gates of rows that have labels; the others are of rows that have text alone
+# Gates of rows that teach labels or pairs; the others are of rows that teach text.
+KIND_OF = {"rare-class": "labels", "empty-text": "pairs", "same-text": "pairs"}
 
 
 @dataclass(frozen=True)

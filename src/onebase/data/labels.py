@@ -14,8 +14,8 @@ from onebase.data.checks import Finding
 from onebase.data.read import Example, Label
 from onebase.data.template import Encoded, EncodedSet, Tokenizer, fit
 from onebase.errors import DataError, FormatError, nearest
+from onebase.tasks import CLASSIFY, REGRESS
 
-CLASSIFY, REGRESS = "classify", "regress"
 SHOWN = 5  # row numbers, or labels, in a message
 
 

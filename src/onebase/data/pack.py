@@ -115,6 +115,12 @@ def by_prefix(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def mixed(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Batches of row indices at random, the same each time, for rows that are measured against their batch."""
+    order = _order(len(rows), 0, 0)
+    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
 class Batch(NamedTuple):
     """Rows as tensors. B: rows, or 1 if packed. T: the longest row, or the sum of all lengths if packed.
 

@@ -13,13 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from onebase.config import GATES
-from onebase.data.checks import FIXES, OF_LABELS, Finding, describe
+from onebase.data.checks import FIXES, KIND_OF, Finding, describe
+from onebase.data.pairs import NAMES, split_row
 from onebase.data.read import Example
 from onebase.data.template import Encoded, EncodedSet, Tokenizer
 
 LOSS, REST, SPECIAL, EDGE = "bold green", "dim", "underline", "cyan"
 SHOWN = 400  # tokens of one row; of a longer one the middle is left out
 LABELS = 40  # classes in the table
+# What several rows may have in common, by what they teach.
+SHARED = {
+    "text": "prompts in several rows",
+    "labels": "texts in several rows",
+    "pairs": "anchors in several rows",
+}
 WINDOW = 8  # tokens decoded before the one that is shown, so that its space and its bytes come out right
 
 # Control characters as their Unicode pictures: a row must not move the cursor or colour the terminal.
@@ -32,7 +39,7 @@ VISIBLE = {
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Numbers about encoded rows. Lengths are tokens; `share` is loss tokens / tokens.
+    """Numbers about encoded rows. Lengths are tokens of a row or of each of its texts; `share` is loss tokens / tokens.
 
     `duplicates`: rows whose ids an earlier row has. `shared_prompts`: prompts that more than one row has; such
     rows can leak into the validation rows unless the split is by prompt.
@@ -52,6 +59,14 @@ class DataSummary:
     shared_prompts: int
     findings: tuple[Finding, ...]
     labels: Mapping[str, float]  # rows by class, or the spread of numbers; empty where rows have no label
+    pairs: Mapping[
+        str, int
+    ]  # how many there are, and of how many texts; empty where rows teach something else
+
+    @property
+    def kind(self) -> str:
+        """What the rows teach: labels, pairs or text."""
+        return "labels" if self.labels else "pairs" if self.pairs else "text"
 
     @property
     def classes(self) -> list[str]:
@@ -64,9 +79,10 @@ def summarise(
     encoded: EncodedSet,
     findings: Sequence[Finding],
     labels: Mapping[str, float] | None = None,
+    pairs: Mapping[str, int] | None = None,
 ) -> DataSummary:
     """The summary of `encoded`, which was made of `examples` and has at least one row."""
-    lengths = sorted(len(row.ids) for row in encoded.rows)
+    lengths = sorted(len(part.ids) for row in encoded.rows for part in split_row(row))
     tokens, loss = sum(lengths), sum(row.targets for row in encoded.rows)
     prompts = Counter(key for key in map(_prompt_key, examples) if key is not None)
     return DataSummary(
@@ -84,10 +100,13 @@ def summarise(
         shared_prompts=sum(count > 1 for count in prompts.values()),
         findings=tuple(findings),
         labels=labels or {},
+        pairs=pairs or {},
     )
 
 
 def _prompt_key(example: Example) -> object:
+    if example.anchor is not None:
+        return example.anchor
     if example.messages is None:
         return example.prompt if example.label is None else (example.text, example.text_pair)
     answered = example.messages[-1]["role"] == "assistant"
@@ -101,11 +120,12 @@ def print_preview(
     """Print the summary, the gates, and the first `rows` rows token by token."""
     console.print(_table(summary))
     console.print(_gates(summary))
-    if rows and not summary.labels:
+    if rows and summary.kind == "text":
         console.print(_legend())
     for row in encoded.rows[:rows]:
         console.print(_title(row, summary.classes))
-        console.print(row_text(tokenizer, row))
+        for name, part in zip(NAMES, split_row(row), strict=False):
+            console.print(Text(f"{name}: " if row.parts else "", EDGE) + row_text(tokenizer, part))
 
 
 def _table(summary: DataSummary) -> Table:
@@ -117,9 +137,7 @@ def _table(summary: DataSummary) -> Table:
         "length: min, median, p95, max": ", ".join(f"{length:,.6g}" for length in lengths),
         "truncated, dropped rows": f"{summary.truncated:,}, {summary.dropped:,}",
         "duplicate rows": f"{summary.duplicates:,}",
-        "texts in several rows"
-        if summary.labels
-        else "prompts in several rows": f"{summary.shared_prompts:,}",
+        SHARED[summary.kind]: f"{summary.shared_prompts:,}",
     }
     table = Table(title="data", show_header=False)
     for name, cell in cells.items():
@@ -129,6 +147,8 @@ def _table(summary: DataSummary) -> Table:
 
 def _targets(summary: DataSummary) -> dict[str, str]:
     """What there is to learn: tokens with loss, or labels."""
+    if summary.pairs:
+        return {name: f"{count:,}" for name, count in summary.pairs.items()}
     if not summary.labels:
         return {"tokens with loss": f"{summary.loss_tokens:,} ({summary.share:.0%})"}
     shown = [f"{name}: {value:,.6g}" for name, value in summary.labels.items()]
@@ -143,7 +163,7 @@ def _gates(summary: DataSummary) -> Text:
     for gate in GATES:
         if gate in failed:
             text.append(f"✗ {gate}: {describe(failed[gate])}\n", "red")
-        elif gate in FIXES and (gate in OF_LABELS) == bool(summary.labels):
+        elif gate in FIXES and KIND_OF.get(gate, "text") == summary.kind:
             text.append(f"✓ {gate}\n", "green")
     return text
 
@@ -155,7 +175,7 @@ def _legend() -> Text:
 
 def _title(row: Encoded, classes: Sequence[str]) -> Text:
     cut = ", truncated" if row.truncated else ""
-    told = f"{sum(row.loss)} with loss"
+    told = f"{len(row.parts)} texts" if row.parts else f"{sum(row.loss)} with loss"
     if row.label is not None:
         told = f"label {classes[int(row.label)] if classes else f'{row.label:g}'}"
     return Text(f"\nrow {row.row}: {len(row.ids)} tokens, {told}{cut}", "bold")

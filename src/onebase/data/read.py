@@ -13,7 +13,9 @@ from typing import Any, Literal, NoReturn, cast
 from onebase.config import DataConfig
 from onebase.errors import ConfigError, DataError, MissingFile, nearest
 
-Kind = Literal["messages", "completion", "text", "labelled", "labelled pair", "pair"]
+Kind = Literal[
+    "messages", "completion", "text", "labelled", "labelled pair", "pair", "triplet", "positive pair"
+]
 Message = Mapping[str, str]
 Label = str | int | float | bool
 NumberedRow = tuple[int, Mapping[str, Any]]
@@ -39,12 +41,15 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "labelled pair": ("text", "text_pair", "label"),
     "labelled": ("text", "label"),
     "pair": ("text", "text_pair"),
+    "triplet": ("anchor", "positive", "negative"),
+    "positive pair": ("anchor", "positive"),
 }
-# The kinds that a task (config.TaskName) learns from, in the order in which they are looked for.
+# The kinds that a task (tasks.TaskName) learns from, in the order in which they are looked for.
 OF_TASK: dict[str, tuple[Kind, ...]] = {
     "causal": ("messages", "completion", "text"),
     "classify": ("labelled pair", "labelled"),
     "regress": ("labelled pair", "labelled"),
+    "embed": ("triplet", "positive pair"),
 }
 UNLABELLED: tuple[Kind, ...] = ("pair", "text")
 COLUMNS = tuple(dict.fromkeys(itertools.chain(*KINDS.values())))
@@ -57,12 +62,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("content", "body", "document", "sentence", "review", "sentence1", "premise", "text1"),
     "text_pair": ("sentence2", "hypothesis", "text2"),
     "label": ("class", "category", "stars", "rating", "score", "sentiment", "labels"),
+    "anchor": ("query", "question", "sentence1", "premise", "text1", "prompt", "title"),
+    "positive": ("answer", "passage", "document", "sentence2", "entailment", "text2", "pos", "completion"),
+    "negative": ("hard_negative", "negative_1", "contradiction", "neg", "sentence3"),
 }
 
 
 @dataclass(frozen=True)
 class Example:
     """One row: `text`, or `prompt` and `completion`, or `messages`; a text may have a `label` and a second text.
+    Or an `anchor` and a `positive`, whose vectors are to be near, maybe with a `negative`, which is to be far.
 
     `row` counts from 1: the line of a JSONL file, the record of any other source. `group` is the value of
     the `split_by` column as text ("" without one).
@@ -76,6 +85,9 @@ class Example:
     group: str = ""
     text_pair: str | None = None
     label: Label | None = None
+    anchor: str | None = None
+    positive: str | None = None
+    negative: str | None = None
 
     def __post_init__(self) -> None:
         given = tuple(name for name in COLUMNS if getattr(self, name) is not None)
@@ -277,8 +289,12 @@ def _map_hint(found: Sequence[str], kinds: Sequence[Kind]) -> str:
         if all(fits.values()):
             pairs = ",".join(f"{ours}={theirs}" for ours, theirs in fits.items() if ours != theirs)
             return f"this would fit: --map {pairs}"
-    columns = "prompt=COLUMN,completion=COLUMN" if "completion" in kinds else "text=COLUMN,label=COLUMN"
-    return f"say which column is which: --map {columns}"
+    pairs = ",".join(f"{name}=COLUMN" for name in KINDS[_SHOWN.get(kinds[0], kinds[-1])])
+    return f"say which column is which: --map {pairs}"
+
+
+# The kind whose columns a hint spells out, by the first kind that would do; for others the last that would.
+_SHOWN: dict[Kind, Kind] = {"messages": "completion"}
 
 
 def _group_column(source: str, found: Sequence[str], columns: Mapping[str, str], config: DataConfig) -> str:
@@ -307,7 +323,8 @@ def _example(source: str, row: NumberedRow, columns: Mapping[str, str], group: s
             fail(f"has null in column {name!r}")
     values = {ours: fields[theirs] for ours, theirs in columns.items()}
     label = str(fields[group]) if group else ""
-    if "text" not in values and all(isinstance(value, list) for value in values.values()):
+    talk = "messages" in values or "prompt" in values
+    if talk and all(isinstance(value, list) for value in values.values()):
         # One list of messages, or TRL's conversational prompt and completion: two parts of one chat.
         messages = list(itertools.chain(*values.values()))
         return Example(number, messages=_messages(messages, fail), group=label)

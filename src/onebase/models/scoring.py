@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from onebase.adapters.adapter import Adapter
 from onebase.adapters.injection import injected
-from onebase.data.pack import by_length, by_prefix, pack, pad
+from onebase.data.pack import by_length, by_prefix, mixed, pack, pad
 from onebase.data.template import Encoded
 from onebase.data.trie import layout
 from onebase.errors import BaseError
 from onebase.models.base import Base
 from onebase.models.below import Below
 from onebase.models.engine import Engine, engine_problem
-from onebase.models.loss import head_outputs, label_loss, loss_sum
+from onebase.models.loss import head_outputs, label_loss, loss_sum, pair_loss
 from onebase.models.packing import packed_attention, packing_problem
 
 Loss = Callable[[Sequence[Encoded]], Tensor]
@@ -29,7 +29,7 @@ A sum, not a mean: the caller divides by the targets of the whole step, so that 
 step is cut into batches.
 """
 
-ONE_LABEL = "a label belongs to a whole row"
+ONE_LABEL, ONE_VECTOR = "a label belongs to a whole row", "a vector belongs to a whole text"
 PROBE = "onebase-probe"  # the adapter's name while a way is proven
 
 
@@ -67,9 +67,10 @@ def choose(base: Base, asked: str, adapter: Adapter | None, rows: Sequence[Encod
     `rows` are of the kind that will be scored: the proof takes its text from them.
     Raises BaseError where the one that was asked for is not exact on this model.
     """
-    if base.head is not None:
-        _refuse_if(asked in ("engine", "packed"), base, asked, ONE_LABEL)
-        return Way("padded", ONE_LABEL)
+    if base.reader is not None:
+        reason = ONE_LABEL if base.head else ONE_VECTOR
+        _refuse_if(asked in ("engine", "packed"), base, asked, reason)
+        return Way("padded", reason)
     if asked == "padded":
         return Way("padded", "--engine padded")
     reason = "--engine packed"
@@ -121,7 +122,7 @@ def scorer(base: Base, way: Way, name: str, thrift: Thrift = Thrift()) -> Scorer
     if way.name == "packed":
         return Scorer(packed_loss(model), by_length)
     if way.name == "padded":
-        return Scorer(whole_loss(base), by_length)
+        return Scorer(whole_loss(base), by_length if base.embedder is None else mixed)
     return Scorer(engine_loss(Engine(model, name), thrift), by_prefix)
 
 
@@ -152,8 +153,10 @@ def padded_loss(model: nn.Module, pad_id: int) -> Loss:
 
 
 def whole_loss(base: Base) -> Loss:
-    """The loss that a base's rows have in padded batches: of their labels, or of their text."""
-    model, head, pad_id = base.model, base.head, base.pad_id
+    """The loss that a base's rows have in padded batches: of their labels, of their pairs, or of their text."""
+    model, head, embedder, pad_id = base.model, base.head, base.embedder, base.pad_id
+    if embedder is not None:
+        return lambda rows: pair_loss(model, rows, embedder, pad_id)
     if head is None:
         return padded_loss(model, pad_id)
     return lambda rows: label_loss(head, head_outputs(model, rows, pad_id), rows)

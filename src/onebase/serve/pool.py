@@ -286,9 +286,9 @@ class AdapterPool:
     def _prove(self, name: str, folder: Path, found: bool) -> tuple[Registered, Adapter]:
         stamp = _stamp(folder)
         adapter = self._read(folder)
-        if adapter.origin.has_head:
-            said = "it gives labels to texts and writes none"
-            raise BaseError(f"serve adapter {folder}", said, hint="use onebase predict")
+        if not adapter.origin.writes:
+            said = f"it gives {'labels' if adapter.origin.has_head else 'vectors'} to texts and writes none"
+            raise BaseError(f"serve adapter {folder}", said, hint="use onebase predict, or onebase embed")
         if _stamp(folder) != stamp:
             raise FormatError(f"adapter {folder}", "its files changed while they were read", hint="try again")
         with self._lock:

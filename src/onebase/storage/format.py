@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
+from onebase.adapters.adapter import HEAD_TASK, VECTOR_TASK, Adapter, Origin
 from onebase.adapters.fitting import Places, fit_problems, places_of, with_kinds
 from onebase.adapters.layers import base_modules
 from onebase.adapters.targets import match, name_matches, parameter_sites, spec_matches, split_path
@@ -104,7 +104,7 @@ class HasModel(Protocol):
     """What loading needs of a base: its model, and the digest of its stored tensors (empty if unknown)."""
 
     def for_adapter(self, adapter: Adapter) -> HasModel:
-        """The base with the head that the adapter was trained with, where it has one."""
+        """The base with the head that the adapter was trained with, where it has one, or without its own."""
         ...
 
     @property
@@ -135,7 +135,7 @@ def load_adapter(
     `known`: the base's places, where they have been looked up.
     """
     files = folder if isinstance(folder, Files) else read_files(folder)
-    if files.raw.get("task_type") == HEAD_TASK:
+    if files.raw.get("task_type") in (HEAD_TASK, VECTOR_TASK):
         base, known = base.for_adapter(read_stored(files).adapter), None
     places = known or Places(base.model)
     stored = read_stored(files, places)

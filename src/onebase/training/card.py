@@ -6,12 +6,12 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from onebase.training.record import SHOWN_SAMPLES, RunRecord, Sample
-from onebase.training.report import changes, count, options, plain, size, wording
+from onebase.training.report import Wording, changes, count, options, plain, size, wording
 
 TAGS = ["lora", "onebase"]
 # Options that say nothing about the adapter, only where and how the command ran.
@@ -35,7 +35,7 @@ def model_card(record: RunRecord) -> str:
         _gates(record),
         "## Results",
         _results(record),
-        *(_sample(sample, wording(record).before) for sample in record.samples[:SHOWN_SAMPLES]),
+        *(_sample(sample, wording(record)) for sample in record.samples[:SHOWN_SAMPLES]),
         "## Settings",
         _settings(record.settings),
         "## Base",
@@ -48,10 +48,27 @@ def _front_matter(record: RunRecord) -> str:
     facts = {
         "base_model": record.base.name,
         "library_name": "peft",
-        "pipeline_tag": "text-classification" if record.head else "text-generation",
+        "pipeline_tag": _use(record).tag,
         "tags": TAGS,
     }
     return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---"
+
+
+class Use(NamedTuple):
+    """How a kind of adapter is used: the hub's tag, our command, transformers' loader."""
+
+    tag: str
+    verb: str
+    loader: str
+
+
+TEXT = Use("text-generation", "generate", "AutoModelForCausalLM")
+LABELS = Use("text-classification", "predict", "AutoModelForSequenceClassification")
+VECTORS = Use("sentence-similarity", "embed", "AutoModel")
+
+
+def _use(record: RunRecord) -> Use:
+    return LABELS if record.head else VECTORS if record.embedder else TEXT
 
 
 def _summary(record: RunRecord) -> str:
@@ -68,9 +85,8 @@ def _summary(record: RunRecord) -> str:
 
 def _usage(record: RunRecord) -> str:
     folder, base = Path(record.adapter.path).resolve().name, record.base.name
-    verb = "predict" if record.head else "generate"
+    verb, loader = _use(record).verb, _use(record).loader
     shell = f"onebase {verb} --adapter {shlex.quote(folder)} --prompt '...'"
-    loader = "AutoModelForSequenceClassification" if record.head else "AutoModelForCausalLM"
     more = "".join(f", {name}={value!r}" for name, value in record.head.items())
     python = (
         "from peft import PeftModel\n"
@@ -80,7 +96,20 @@ def _usage(record: RunRecord) -> str:
         f"model = {loader}.from_pretrained(base, dtype={record.base.dtype!r}{more})\n"
         f"model = PeftModel.from_pretrained(model, {folder!r})"
     )
-    return f"With onebase:\n\n{_fenced(shell, 'sh')}\n\nWith PEFT:\n\n{_fenced(python, 'python')}"
+    told = f"With onebase:\n\n{_fenced(shell, 'sh')}\n\nWith PEFT:\n\n{_fenced(python, 'python')}"
+    return f"{told}\n\n{_vectors(record)}" if record.embedder else told
+
+
+def _vectors(record: RunRecord) -> str:
+    """How the states that PEFT's model gives become vectors."""
+    states = {
+        "mean": "mean of its real tokens' last hidden states",
+        "max": "elementwise maximum of its real tokens' last hidden states",
+        "cls": "last hidden state of its first token",
+        "last": "last hidden state of its last real token",
+    }
+    told, rest = states[record.embedder["pooling"]], ", brought to length 1" * record.embedder["normalize"]
+    return f"A text's vector is the {told}{rest}; vectors are compared by their cosine."
 
 
 def _gates(record: RunRecord) -> str:
@@ -100,11 +129,11 @@ def _results(record: RunRecord) -> str:
     return "On held-out rows:\n\n" + _table(("", words.before, "with the adapter"), shown)
 
 
-def _sample(sample: Sample, before: str) -> str:
+def _sample(sample: Sample, words: Wording) -> str:
     texts = {
-        "Prompt": sample.prompt,
-        "Reference": sample.reference,
-        before.capitalize(): sample.before,
+        words.asked: sample.prompt,
+        words.wanted: sample.reference,
+        words.before.capitalize(): sample.before,
         "With the adapter": sample.after,
     }
     body = "\n\n".join(f"{label}:\n\n{_fenced(text)}" for label, text in texts.items())

@@ -20,9 +20,11 @@ from onebase.adapters.targets import CoverageRow
 from onebase.adapters.tokens import start_rows
 from onebase.config import Sampling, TrainConfig, flatten
 from onebase.data.labels import Head, reference
+from onebase.data.pairs import split_row, texts_of
 from onebase.data.read import Example
-from onebase.data.template import render_prompt
+from onebase.data.template import Encoded, render_prompt
 from onebase.device import machine, peak_memory
+from onebase.embedding import retrieval, search_of, similarities
 from onebase.errors import BaseMismatch
 from onebase.evaluation import Scores, grouped_references, mean_loss, text_scores
 from onebase.files import write_text
@@ -56,6 +58,11 @@ from onebase.training.record import (
 from onebase.training.report import write_report
 
 LIBRARIES = ("onebase", "torch", "transformers", "safetensors", "datasets")
+# What a report on pairs says of their negatives.
+PAIRS = {
+    "negatives": "the other texts of the batch, but for those that its rows pair with the anchor",
+    "searched": "all positives and negatives of the held-out rows",
+}
 REASONS = {
     "completed": "all steps were done",
     "early": "the held-out loss stopped improving",
@@ -112,6 +119,7 @@ def finish(base: Base, folder: Path, outcome: Outcome) -> tuple[Adapter, RunReco
         },
         allowed=outcome.ready.allowed,
         head=_peft_head(base),
+        embedder=base.embedder.as_dict() if base.embedder else {},
     )
     if world.leads:
         _write_reports(folder, record)
@@ -159,6 +167,8 @@ def _compare(
         return None, None, ()
     if base.head is not None:
         return _compare_labels(base, base.head, adapter, outcome)
+    if base.embedder is not None:
+        return _compare_pairs(base, adapter, outcome)
     # A pass through a sharded base needs all processes.
     answering = outcome.world.leads or outcome.config.shard_base
     count = outcome.config.samples if answering else 0
@@ -193,6 +203,35 @@ def _compare_labels(
     ]
     before, after = (Score(**one._asdict()) for one in (baseline(head, rows), marks(head, outputs, rows)))
     return before, after, tuple(samples)
+
+
+def _compare_pairs(base: Base, adapter: Adapter, outcome: Outcome) -> tuple[Score, Score, tuple[Sample, ...]]:
+    """How well anchors find their positives by the plain base and with the adapter, and what the first ones find."""
+    data, size = outcome.ready.data, outcome.config.optim.batch_size
+    rows, search = data.valid_rows.rows, search_of(data.valid_rows.rows)
+    scores: list[Score] = []
+    nearest: list[list[int]] = []
+    for one in (None, adapter):
+        with injected(base.model, one, "finish"):
+            loss = mean_loss(scorer(base, outcome.ready.way, "finish"), rows, size)[0]
+            found = similarities(base, search, size)
+        scores.append(Score(loss, **retrieval(search, found)._asdict()))
+        nearest.append(found.argmax(1).tolist())
+    examples = {example.row: example for example in data.valid}
+    texts = {ids: text for row in rows for ids, text in zip(*_told(row, examples[row.row]), strict=True)}
+    samples = [
+        Sample(
+            texts[anchor],
+            texts[search.candidates[right.index(True)]],
+            *(texts[search.candidates[n]] for n in found),
+        )
+        for anchor, right, *found in zip(search.anchors, search.right.tolist(), *nearest, strict=True)
+    ]
+    return scores[0], scores[1], tuple(samples[: outcome.config.samples])
+
+
+def _told(row: Encoded, example: Example) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    return [tuple(part.ids) for part in split_row(row)], texts_of(example)
 
 
 def _pair(example: Example) -> str:
@@ -280,11 +319,12 @@ def _timing(outcome: Outcome) -> Timing:
 
 def _data_facts(outcome: Outcome) -> dict[str, Any]:
     data = outcome.ready.data
-    facts = dataclasses.asdict(data.summary)
+    facts = {n: v for n, v in dataclasses.asdict(data.summary).items() if n not in ("labels", "pairs") or v}
     findings = [finding["gate"] for finding in facts.pop("findings")]
     return {
         "source": outcome.config.data.data,
         **facts,
+        **(PAIRS if data.summary.kind == "pairs" else {}),
         "held-out rows": len(data.valid_rows.rows),
         "findings": findings,
     }

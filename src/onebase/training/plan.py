@@ -44,6 +44,7 @@ class Plan:
     coverage: list[CoverageRow]
     token_rows: list[str]  # a line for each token whose rows are trained
     labels: Mapping[str, float]  # as in data.preview.DataSummary
+    kind: str  # likewise
 
     @property
     def memory(self) -> int:
@@ -79,6 +80,7 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         coverage=ready.coverage.rows(),
         token_rows=ready.words.lines,
         labels=ready.data.summary.labels,
+        kind=ready.data.summary.kind,
     )
 
 

@@ -14,15 +14,19 @@ from onebase.adapters.variants import INITS, check_start
 from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
 from onebase.data.labels import Head, check_labels, describe_labels, learn_head
+from onebase.data.pairs import check_pairs, describe_pairs
 from onebase.data.preview import DataSummary, summarise
 from onebase.data.read import Example, read_examples
 from onebase.data.split import split_examples
 from onebase.data.template import EncodedSet, PromptFormat, encode
-from onebase.errors import BaseError, ConfigError
+from onebase.embedding import encode_texts
+from onebase.errors import BaseError, ConfigError, TargetError
 from onebase.models.base import Base
+from onebase.models.embedder import stated
 from onebase.models.scoring import Way, choose
 from onebase.models.vocabulary import Vocabulary, resolve_tokens
 from onebase.prediction import encode_rows
+from onebase.tasks import CAUSAL, EMBED
 from onebase.training.warmstart import WarmStart, warm_start
 
 
@@ -67,7 +71,9 @@ def read_data(
     `trained` are the modules that the run trains in full, `tokens` the ids whose rows it trains: special tokens are
     learnt if the embedding is among the first, or they among the others.
     """
-    if config.task != "causal":
+    if config.task == EMBED:
+        return _read_pairs(base, config, seed)
+    if config.task != CAUSAL:
         return _read_labelled(base, config, seed)
     tokenizer = tokenizer_of(base)
     train, valid = _parts(config, seed)
@@ -98,17 +104,39 @@ def _read_labelled(base: Base, config: DataConfig, seed: int) -> Data:
     return Data(train, valid, train_rows, valid_rows, PromptFormat(), summary, head)
 
 
+def _read_pairs(base: Base, config: DataConfig, seed: int) -> Data:
+    """`read_data` of rows whose texts belong together."""
+    base = base if base.embedder else base.with_embedder(stated(base.folder, config.pooling))
+    train, valid = _parts(config, seed)
+    train_rows, valid_rows = (encode_texts(base, part, config) for part in (train, valid))
+    findings = check_pairs(train_rows, base.tokenizer.all_special_ids if base.tokenizer else ())
+    summary = summarise(train, train_rows, findings, pairs=describe_pairs(train_rows))
+    return Data(train, valid, train_rows, valid_rows, PromptFormat(), summary)
+
+
 def with_task(base: Base, config: TrainConfig, data: Data | None = None) -> tuple[Base, Data | None]:
-    """The base as the run's task needs it, with a head that is drawn for the labels, and the rows if they were read."""
-    if config.data.task == "causal":
+    """The base as the run's task needs it, with a head that is drawn for the labels or as a maker of vectors, and the
+    rows if they were read."""
+    if config.data.task == CAUSAL:
         return base, data
     if config.shard_base:
-        raise ConfigError(
-            "options task and shard_base", "a head needs whole weights", hint="leave out --shard-base"
-        )
+        found = "a head and a vector need whole weights"
+        raise ConfigError("options task and shard_base", found, hint="leave out --shard-base")
+    if config.data.task == EMBED:
+        _check_batch(config)
+        told = stated(base.folder, config.data.pooling, config.data.similarity_scale)
+        return base.with_embedder(told), data
     data = data or read_data(base, config.data, config.seed)
     assert data.head is not None
     return base.with_head(data.head, config.seed), data
+
+
+def _check_batch(config: TrainConfig) -> None:
+    if config.optim.batch_size < 2:
+        found = "an anchor learns to find its positive among those of its batch"
+        raise ConfigError(
+            "options task=embed and batch_size=1", found, hint="give at least 2, better 16 or more"
+        )
 
 
 def tokenizer_of(base: Base) -> Any:
@@ -116,7 +144,9 @@ def tokenizer_of(base: Base) -> Any:
     if base.kind != "causal":
         found = f"a base of kind {base.kind}; this needs a causal language model"
         hint = (
-            "an encoder learns labels: --task classify, or --task regress" if base.kind == "encoder" else ""
+            "an encoder learns labels or vectors: --task classify, regress or embed"
+            if base.kind == "encoder"
+            else ""
         )
         raise BaseError(f"train on {base.ref}", found, hint=hint)
     if base.tokenizer is None:
@@ -137,7 +167,7 @@ def prepare(base: Base, config: TrainConfig, data: Data | None = None) -> Prepar
     lora = replace(config.lora, modules_to_save=(*saved, *(path for path in base.drawn if path not in saved)))
     words = resolve_tokens(base, lora.trainable_tokens)  # pyright: ignore[reportArgumentType]
     warm = warm_start(base, config, words)
-    coverage = warm.coverage if warm else match(base.model, lora)
+    coverage = warm.coverage if warm else _without_unused(match(base.model, lora), base)
     check_start(lora, coverage.targets, dict(base_modules(base.model)))
     _check_frozen(coverage, config.optim)
     _check_new_tokens(words, lora)
@@ -151,6 +181,18 @@ def prepare(base: Base, config: TrainConfig, data: Data | None = None) -> Prepar
     if config.optim.cache_activations:
         _check_below(way, coverage)
     return Prepared(data, coverage, way, tuple(finding.gate for finding in overridden), words, warm)
+
+
+def _without_unused(coverage: Coverage, base: Base) -> Coverage:
+    """The coverage without what `all-linear` or a name's end matched in modules that make no vector.
+
+    Raises TargetError where nothing else was matched.
+    """
+    kept = [t for t in coverage.targets if not any(t.path.startswith(f"{name}.") for name in base.unused)]
+    if coverage.targets and not kept:
+        told = ", ".join(target.path for target in coverage.targets)
+        raise TargetError(f"target_modules {told}", "takes no part in making vectors")
+    return replace(coverage, targets=tuple(kept))
 
 
 def _check_head(head: Head | None, base: Base, warm: WarmStart | None) -> None:

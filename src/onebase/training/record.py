@@ -140,6 +140,8 @@ class Score:
     macro_f1: float | None = None
     pearson: float | None = None
     r2: float | None = None
+    accuracy_at_1: float | None = None
+    mrr_at_10: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class RunRecord:
 
     `before` and `after` are None where a run has no held-out rows; `way` says how rows were scored; `allowed` names the
     overridden gates; `finished` says why training ended; `head` has what transformers must be told to build the model
-    with its head.
+    with its head, `embedder` how texts become vectors (models.embedder).
     """
 
     title: str
@@ -203,6 +205,7 @@ class RunRecord:
     versions: dict[str, Any] = field(default_factory=dict[str, Any])
     allowed: tuple[str, ...] = ()
     head: dict[str, Any] = field(default_factory=dict[str, Any])
+    embedder: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists that `json.dumps` takes as they are."""

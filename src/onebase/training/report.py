@@ -50,7 +50,7 @@ def write_report(record: RunRecord, metrics: Sequence[Mapping[str, Any]], path: 
     page = environment.get_template(TEMPLATE).render(
         run=record,
         changes=changes(record.before, record.after, wording(record)),
-        before=wording(record).before,
+        words=wording(record),
         options=options(record.settings),
         gates=GATES,
         shown=SHOWN_SAMPLES,
@@ -70,10 +70,13 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
 
 class Wording(NamedTuple):
-    """How a task's results are told: its measures, the main one first, and what "before" is."""
+    """How a task's results are told: its measures, the main one first, what "before" is, and the parts of a sample."""
 
     measures: tuple[tuple[str, str, str, str], ...]  # field of Score, label, unit, better
     before: str
+    asked: str = "Prompt"
+    wanted: str = "Reference"
+    given: str = "answers"
 
 
 WORDINGS: dict[str, Wording] = {
@@ -100,6 +103,17 @@ WORDINGS: dict[str, Wording] = {
             ("pearson", "Correlation", "", "up"),
         ),
         "mean of the training rows",
+    ),
+    "embed": Wording(
+        (
+            ("accuracy_at_1", "Accuracy@1", "%", "up"),
+            ("mrr_at_10", "MRR@10", "", "up"),
+            ("loss", "Loss per pair", "nats", "down"),
+        ),
+        "base",
+        "Anchor",
+        "Positive",
+        "anchors and the text that each finds nearest",
     ),
 }
 

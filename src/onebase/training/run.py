@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from onebase.adapters.adapter import HEAD_TASK, Adapter, Origin
+from onebase.adapters.adapter import HEAD_TASK, VECTOR_TASK, Adapter, Origin
 from onebase.adapters.injection import adapter_for, eject, eval_mode, inject, trainable, use
 from onebase.config import TrainConfig, build, flatten
 from onebase.data.pack import prompt_groups
@@ -19,6 +19,7 @@ from onebase.errors import ConfigError, FormatError, MissingFile, OutputExists
 from onebase.files import process_lock, remove, require_writable, write_text
 from onebase.models.base import Base, load_base
 from onebase.models.scoring import Kept, Thrift, scorer
+from onebase.tasks import EMBED
 from onebase.training import checkpoint
 from onebase.training.calibrate import calibrate
 from onebase.training.checkpoint import Progress, Snapshot
@@ -51,7 +52,8 @@ RUN_FILES = (
     "README.md",
     "tensorboard",
 )
-TASKS = {"causal": "CAUSAL_LM", "classifier": HEAD_TASK}  # kind of the base -> PEFT's task_type
+# Kind of the base -> PEFT's task_type.
+TASKS = {"causal": "CAUSAL_LM", "classifier": HEAD_TASK, "embedder": VECTOR_TASK}
 
 # What may differ between a run and its resumption: where things are, what is shown. Content is compared by digest.
 FREE = frozenset(
@@ -94,10 +96,7 @@ def train(
     with joined() as world:
         snapshot = claim(config)
         _check_shard(config, world, base)
-        if config.optim.cache_activations and world.size > 1:
-            raise ConfigError(
-                "option cache_activations", "it is for one process", hint="train without torchrun"
-            )
+        _check_alone(config, world)
         if not isinstance(base, Base):
             base = _agreed_base(config, snapshot, world)
         base, data = with_task(base, config)
@@ -126,6 +125,17 @@ def _check_shard(config: TrainConfig, world: World, base: Base | str | None) -> 
     if config.shard_base and found:
         hint = "torchrun --nproc-per-node 2 -m onebase train --shard-base ..., with the base by its name"
         raise ConfigError("option shard_base", found, hint=hint)
+
+
+def _check_alone(config: TrainConfig, world: World) -> None:
+    reasons = {
+        "task=embed": "each would see a part of the batch, and a pair's loss is that of the whole one",
+        "cache_activations": "the states are kept in one process's file",
+    }
+    asked = {"task=embed": config.data.task == EMBED, "cache_activations": config.optim.cache_activations}
+    for option in (name for name, given in asked.items() if given and world.size > 1):
+        found = f"{world.size} processes: {reasons[option]}"
+        raise ConfigError(f"option {option}", found, hint="train in one process, without torchrun")
 
 
 def _agreed_base(config: TrainConfig, snapshot: Snapshot | None, world: World) -> Base:
@@ -306,9 +316,9 @@ def first_adapter(job: Job) -> Adapter:
     if job.snapshot:
         return job.snapshot.adapter
     task, words = TASKS.get(job.base.kind, ""), job.ready.words
-    head = job.base.head
-    form = {} if head else job.ready.data.form.as_dict()
-    told = head.as_dict() if head else {}
+    reader = job.base.reader
+    form = {} if reader else job.ready.data.form.as_dict()
+    told = reader.as_dict() if reader else {}
     origin = Origin(job.base.name, job.base.fingerprint, task, form, tokens=words.new, head=told)
     if job.ready.start:
         adapter = replace(job.ready.start.adapter, origin=origin)

@@ -23,7 +23,7 @@ from onebase.errors import BaseMismatch, ConfigError
 from onebase.options import require
 from onebase.transforms.combining import METHODS, Part, cat, weighted_sum
 
-HEAD_COUNTS = ("rows", "mean")  # what a head's description has from its own training rows
+HEAD_COUNTS = ("rows", "mean", "scale")  # what a head's description has from its own training
 
 
 def combine(

@@ -89,8 +89,17 @@ class Skeleton:
     fusions: tuple[Fusion, ...] = ()  # for the parameters that are loaded otherwise
 
     def for_adapter(self, adapter: Adapter) -> Skeleton:
-        """The skeleton itself. Raises BaseError for an adapter whose head the model folder has no place for."""
-        lacking = set(adapter.full) - {path for path, _ in base_modules(self.model)}
+        """The skeleton itself.
+
+        Raises BaseError for an adapter whose head the model folder has no place for, or one that makes vectors with a
+        decoder, whose own modules have other paths.
+        """
+        paths = {path for path, _ in base_modules(self.model)}
+        lacking = set(adapter.full) - paths
+        if adapter.origin.embeds and not adapter.lowrank.keys() <= paths:
+            found = "the adapter is for the model below the output head, and these files hold both"
+            hint = "use base and adapter as they are: onebase embed, or PEFT's merge_and_unload"
+            raise BaseError(f"merge into {self.folder}", found, hint=hint)
         if lacking:
             found = f"{', '.join(sorted(lacking))} belongs to its head, and the base's files hold none"
             hint = "use base and adapter as they are: onebase predict, or PEFT's merge_and_unload"

@@ -36,10 +36,16 @@ from onebase.transforms.merge import (
 
 PIECE = 1 << 18  # values of a tensor that are read, changed and written at a time: they stay in the cache
 THREADS = 2  # one computes while another waits for memory; more gain nothing, as writing is most of the work
-# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence.
+# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence; how vectors are made.
 BESIDE = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
+    *(
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+    ),
 )
 
 
@@ -74,7 +80,9 @@ def merge_files(plan: MergePlan, output: str | Path, options: OutputOptions = Ou
         _write_json(folder / "config.json", _configuration(plan, options.dtype))
         for source in sorted({path for pattern in BESIDE for path in plan.folder.glob(pattern)}):
             if source.is_file():
-                shutil.copyfile(source, folder / source.name)
+                beside = folder / source.relative_to(plan.folder)
+                beside.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, beside)
         for name, content in plan.files.items():
             (folder / name).write_bytes(content)
     return target
