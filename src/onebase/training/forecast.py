@@ -9,6 +9,7 @@ import torch
 from onebase.config import OptimConfig, TrainConfig
 from onebase.data.pack import by_length, by_prefix, prompt_groups, step_rows, steps_per_epoch
 from onebase.data.template import Encoded
+from onebase.data.trie import filled_length
 from onebase.models.base import Base
 from onebase.training.plan import Plan
 from onebase.training.prepare import Prepared
@@ -33,7 +34,7 @@ SAMPLE = 64  # batches whose tokens and pairs are counted; the others of a run a
 EVALUATION = "evaluation"
 # How the ways of scoring (models.scoring) lay out rows.
 LOADS: dict[str, Callable[[Sequence[Encoded]], Load]] = {
-    "engine": lambda rows: load_of(rows, True),
+    "engine": lambda rows: _filled(load_of(rows, True)),
     "packed": lambda rows: load_of(rows, False),
     "padded": padded_load,
 }
@@ -107,6 +108,10 @@ def _evaluation_loads(ready: Prepared, optim: OptimConfig) -> list[Load]:
     return [
         LOADS[ready.way.name]([rows[index] for index in batch]) for batch in order(rows, optim.batch_size)
     ]
+
+
+def _filled(load: Load) -> Load:
+    return load._replace(tokens=filled_length(load.tokens))
 
 
 def _mean(loads: Sequence[Load]) -> Load:

@@ -6,6 +6,7 @@ import pytest
 
 from onebase.config import TrainConfig, build
 from onebase.data.pack import bucketed, prompt_groups, step_rows
+from onebase.data.trie import filled_length
 from onebase.training import forecast as module
 from onebase.training.forecast import evaluations, forecast
 from onebase.training.plan import make_plan
@@ -94,7 +95,7 @@ def test_evaluations_run_forward_only(run, base):
 def test_shared_prompts_and_padding_change_the_tokens(run):
     packed, config, ready, plan = run(max_steps=6)
     groups = prompt_groups(ready.data.train_rows.rows)
-    stored = sum(load_of(batch, True).tokens for batch in epoch_loads(ready, config, groups))
+    stored = sum(filled_length(load_of(batch, True).tokens) for batch in epoch_loads(ready, config, groups))
     shared = run(engine="auto", group_prompts=True, max_steps=6)[0]
     assert stored < plan.tokens
     assert shared.parts[FACTORS] / packed.parts[FACTORS] == pytest.approx(stored / plan.tokens)
