@@ -1,6 +1,7 @@
 """Adding an adapter from disk: the first, the 16th and the 500th, against PEFT's `load_adapter`; and switching.
 
-Ours: registered (read whole and checked), in memory, and in a slot ready to decode. PEFT's first makes its wrappers.
+Ours: registered (read whole and checked), in memory, and in a slot of the native step, ready to decode. PEFT's first
+makes its wrappers.
 The gate: the last one loaded answers as PEFT does.
 """
 
@@ -30,6 +31,7 @@ from benchmarks.serving import (
 from onebase.models.base import load_base
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
+from onebase.serve.proof import choose_product
 from onebase.serve.request import Limits
 from onebase.serve.runner import Runner
 
@@ -51,7 +53,9 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
     folder, asked = Path(given.folder) / "adapters", prompts(base, given.data, 1)
     pool = AdapterPool(base)
     engine = Engine(base, pool, Limits(slots=2, context=len(asked[0]) + given.tokens + 1))
-    runner = Runner(base.model, 2, 8)
+    runner = Runner(
+        base.model, 2, 8, choose_product(base.model, "native").hold
+    )  # computes as the engine does
 
     def add(number: int) -> None:
         one = pool.acquire(pool.load(f"n{number}", folder / f"a{number % FOLDERS}"))

@@ -1,12 +1,16 @@
 """Decoding one request and 16, with no adapter and with one, against transformers' `generate` and PEFT.
 
 Greedy, float32, tokens a second after everybody's first one. The gate: the tokens are theirs, also where the weights
-were packed without loss. Fewer bits are measured beside it, with what they cost in logits and in held-out loss.
+were packed without loss. Fewer bits are measured beside it, with what they cost in logits and in held-out loss; and
+with `--python`, an interpreter that has llama-cpp-python, llama.cpp on the built-in base's own Q4_1 file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from benchmarks.serving import (
 )
 from benchmarks.workload import load_rows, prompt_length
 from onebase.models.base import Base, load_base
+from onebase.models.builtin import BUILTINS, cache_home, fetch_builtin
 from onebase.serve.proof import choose_product
 from onebase.serve.runner import Row, Runner
 
@@ -35,6 +40,7 @@ EXACT, FEWER_BITS = ("native", "packed"), ("int8", "int4")
 BATCHES, ADAPTERS = (1, SLOTS), ("base", "adapter")
 TARGETS = {"batch 1, adapter: transformers' base": 2.0}
 HELD_OUT = 32  # rows
+LLAMA = "llama.cpp Q4_1"
 WAYS = (*EXACT, *FEWER_BITS)
 
 
@@ -114,10 +120,29 @@ def held_out(base: Base, data: str, weights: str) -> tuple[float, torch.Tensor]:
     return float(torch.cat(lost).mean()), torch.cat(logits)
 
 
+def llama(given: argparse.Namespace) -> dict[str, float]:
+    """llama.cpp's tokens a second for the first prompt, and how many of its tokens are those of our packed weights."""
+    if given.base not in BUILTINS:
+        raise SystemExit(f"--python needs a built-in base ({', '.join(BUILTINS)}), not {given.base}")
+    model = fetch_builtin(BUILTINS[given.base], cache_home())
+    prompt = prompts(load_base(given.base, "float32"), given.data, 1)[0]
+    task = {"model": str(model), "prompt": prompt, "count": given.tokens, "threads": torch.get_num_threads()}
+    command = [given.python, str(Path(__file__).with_name("llama_decode.py")), json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"llama.cpp failed:\n{done.stderr}")
+    found = json.loads(done.stdout)
+    ours = json.loads((Path(given.folder) / "packed.json").read_text("utf-8"))[case_name(1, "base")][0]
+    same = sum(a == b for a, b in zip(found["tokens"], ours, strict=True)) / len(ours)
+    return {LLAMA: found["tokens_per_second"], "same tokens": same}
+
+
 def main(given: argparse.Namespace) -> None:
     sides = Sides(__file__, given, 1)
+    given.folder = sides.folder
+    names = ("ours", "peer", *([LLAMA] if given.python else []))
     try:
-        runs = alternate(given.runs, sides.run)
+        runs = alternate(given.runs, lambda side: llama(given) if side == LLAMA else sides.run(side), names)
         costs = sides.run("cost")
         gates = [
             Gate(f"{weights}: greedy tokens of {count:.0f} that are not PEFT's", wrong, 0)
@@ -134,6 +159,12 @@ def main(given: argparse.Namespace) -> None:
     for (batch, adapter), weights in product(product(BATCHES, ADAPTERS), WAYS):
         case, other = case_name(batch, adapter), "transformers" if adapter == "base" else "PEFT"
         compared[f"{case}, {weights}: {other}"] = (mine[f"{case}, {weights}"], theirs[case])
+    if given.python:
+        q4, same = (medians(runs[LLAMA])[name] for name in (LLAMA, "same tokens"))
+        compared |= {
+            f"batch 1, base, {w}: {LLAMA}": (mine[f"batch 1, base, {w}"], q4) for w in ("packed", "int4")
+        }
+        print(f"{LLAMA}: {same:.0%} of its tokens are those of the packed weights", file=sys.stderr)
     measured = [
         (weights, *(f"{costs[f'{name}, {weights}']:.4g}" for name in ("loss", "logits", "same token")))
         for weights in WAYS
@@ -163,5 +194,7 @@ def main(given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     ALL = {"ours": ours, "peer": peer, "cost": cost}
-    arguments = options(parser(__doc__, 3, tuple(ALL)), 48).parse_args()
+    made = options(parser(__doc__, 3, tuple(ALL)), 48)
+    made.add_argument("--python", default="", help="an interpreter that has llama-cpp-python")
+    arguments = made.parse_args()
     begin(arguments, main, ALL)

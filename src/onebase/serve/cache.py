@@ -36,8 +36,9 @@ class Cache:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         sizes = (shape.layers, shape.slots, shape.heads, shape.context, shape.width)
-        # Zeros, not what the memory holds: a masked NaN would still be a NaN after the softmax's product.
-        self.k, self.v = (torch.zeros(sizes, dtype=dtype, device=device) for _ in range(2))
+        # Zeros, not what the memory holds: a masked NaN would still be a NaN after the softmax's product. And written,
+        # which `torch.zeros` leaves to the first use of each page: memory that is not there shows now, not under load.
+        self.k, self.v = (torch.empty(sizes, dtype=dtype, device=device).zero_() for _ in range(2))
         self._tokens: list[list[int]] = [[] for _ in range(shape.slots)]
         self._keys: list[object] = [None] * shape.slots
 
