@@ -71,7 +71,9 @@ def with_its_head(base: Base, adapter: Adapter | None) -> tuple[Base, Head]:
     """The base with the adapter's head, and what it says. Raises BaseError for an adapter without one."""
     base = base.for_adapter(adapter)
     if base.head is None:
-        hint = "train one with --task classify or regress; for text there is onebase generate, for vectors embed"
+        hint = (
+            "train one with --task classify or regress; for text there is onebase generate, for vectors embed"
+        )
         raise BaseError("a label for a text", "the adapter has no head that gives one", hint=hint)
     return base, base.head
 

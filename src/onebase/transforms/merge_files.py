@@ -35,11 +35,16 @@ from onebase.transforms.merge import (
 
 PIECE = 1 << 18  # values of a tensor that are read, changed and written at a time: they stay in the cache
 THREADS = 2  # one computes while another waits for memory; more gain nothing, as writing is most of the work
-# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence; how a text's vector is made.
+# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence, how it pools.
 BESIDE = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+    *(
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+    ),
 )
 
 
