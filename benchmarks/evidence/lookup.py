@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.plan import BOTH, LORA, Job, best_rate
+from benchmarks.evidence.plan import BOTH, LORA, QUANTISED, Job, best_rate
 from benchmarks.evidence.rows import Rows
 
 Found = Mapping[str, Any]
@@ -65,6 +65,33 @@ def pair(rows: Rows, task: str, figure: Callable[[Found], float]) -> Pair:
     ]
     whole = [(a, b) for a, b in both if a is not None and b is not None]
     return Pair([figure(a) for a, _ in whole], [figure(b) for _, b in whole])
+
+
+class Rounded(NamedTuple):
+    """What LoRA gave on a rounded base: losses by seed, and how far from those on the plain base with the same seed."""
+
+    method: str
+    base: float
+    stored_bytes: float
+    losses: list[float]
+    apart: list[float]
+
+
+def rounded_runs(rows: Rows) -> list[Rounded]:
+    task, made = rows.setting.main_task, list[Rounded]()
+    rate = best_rate(rows, task, LORA) or 0.0
+    for method in QUANTISED:
+        both = [
+            [rows.get(Job("final", task, name, rate, seed)) for name in (method, LORA)]
+            for seed in rows.setting.seeds
+        ]
+        found = [one for one, _ in both if one is not None]
+        losses = [one["test"][task] for one in found]
+        apart = [one["test"][task] - plain["test"][task] for one, plain in both if one and plain]
+        if found:
+            first = found[0]
+            made.append(Rounded(method, first["base_test"][task], first["stored_bytes"], losses, apart))
+    return made
 
 
 def other_loss(found: Found, base: Found, task: str, tasks: Sequence[str]) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.lookup import finals_of, matrix_losses, other_loss, scarce_curve
+from benchmarks.evidence.lookup import finals_of, matrix_losses, other_loss, pair, scarce_curve
 from benchmarks.evidence.plan import BOTH, FULL, LORA, Job, best_rate, tried
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import TUNING_SEED
@@ -50,28 +49,27 @@ def rates(rows: Rows) -> Figure:
 
 
 def quality(rows: Rows) -> Figure:
-    """Held-out loss of every seed beside the base's."""
+    """Held-out loss of both methods, the same seed joined by a line; the base's stands in the title."""
     figure, axes = panels(len(rows.setting.tasks))
     base = rows.get(Job("base"))
     for axis, task in zip(axes, rows.setting.tasks, strict=True):
-        if base:
-            axis.axhline(base["test"][task], color=COLOURS["base"], linestyle=":", label="base")
         for place, method in enumerate((FULL, LORA)):
             losses = [found["test"][task] for found in finals_of(rows, task, method)]
-            axis.plot([place] * len(losses), losses, "o", color=COLOURS[method], alpha=0.6)
-            if losses:
-                axis.plot([place - 0.2, place + 0.2], [mean(losses)] * 2, color=COLOURS[method])
-        axis.set(title=TASKS[task].title, xticks=[0, 1], xlim=(-0.6, 1.6))
+            axis.plot([place] * len(losses), losses, "o", color=COLOURS[method])
+        found = pair(rows, task, lambda f, t=task: f["test"][t])
+        for ends in zip(found.full, found.lora, strict=True):
+            axis.plot([0, 1], ends, color=COLOURS["base"], linewidth=0.8, zorder=0)
+        told = f" (base: {base['test'][task]:.2f})" if base else ""
+        axis.set(title=f"{TASKS[task].title}{told}", xticks=[0, 1], xlim=(-0.5, 1.5))
         axis.set_xticklabels(["full", "LoRA"])
-        axis.set_ylim(bottom=0)
+        axis.margins(y=0.25)
     axes[0].set_ylabel("held-out loss, nats a token")
-    _legend(axes[0])
     return figure
 
 
 def forgetting(rows: Rows) -> Figure:
     """What was learnt against what the other tasks' loss became, a point a run."""
-    figure, (axis,) = panels(1, 4.6, 3.2)
+    figure, (axis,) = panels(1, 6.4, 3.2)
     base, tasks = rows.get(Job("base")), rows.setting.tasks
     for mark, task in zip("os^", tasks, strict=False):
         for method in BOTH:
@@ -87,8 +85,8 @@ def forgetting(rows: Rows) -> Figure:
                 label=f"{TASKS[task].title}, {NAMES[method]}",
             )
     axis.axhline(0, color=COLOURS["base"], linewidth=0.8)
-    axis.set(xlabel="own task: loss gained, nats", ylabel="other tasks: change of loss, nats")
-    _legend(axis)
+    axis.set(xlabel="own task: fall of the loss, nats", ylabel="other tasks: change of loss, nats")
+    _legend(axis, figure)
     return figure
 
 
@@ -109,7 +107,7 @@ def scarce(rows: Rows) -> Figure:
     for axis in axes:
         axis.set_ylim(0, top)
     axes[0].set_ylabel("loss, nats a token")
-    _legend(axes[0])
+    _legend(axes[0], figure)
     return figure
 
 
@@ -133,39 +131,67 @@ def matrix(rows: Rows) -> Figure:
 
 
 def where(rows: Rows) -> Figure:
-    """Held-out loss against how much is trained: ranks as a line, places as points; the tuning seed."""
-    figure, (axis,) = panels(1, 4.8, 3.2)
+    """Held-out loss against how much is trained, by the tuning seed: ranks as a line, places as points.
+
+    Grey: as far as LoRA's reported seeds are apart, around the tuning seed's. Hollow: the search for a rate goes on.
+    """
+    figure, (axis,) = panels(1, 6.4, 3.2)
     task = rows.setting.main_task
-
-    def point(method: str) -> tuple[int, float] | None:
-        losses = tried(rows, task, method)
-        rate = best_rate(rows, task, method) or min(losses, key=losses.__getitem__, default=0.0)
-        found = rows.get(Job("tune", task, method, rate, TUNING_SEED))
-        return (found["trained"], found["test"]) if found and found["test"] is not None else None
-
-    ranks = [f"rank-{rank}" for rank in rows.setting.learned_ranks] + [LORA]
-    line = sorted(found for found in map(point, ranks) if found)
-    axis.plot(
-        *zip(*line, strict=True), "o-", color=COLOURS[LORA], label="all linear, by rank"
-    ) if line else None
+    seeds = [found["test"][task] for found in finals_of(rows, task, LORA)]
+    if (middle := _tuned_point(rows, LORA)) and len(seeds) > 1:
+        half = (max(seeds) - min(seeds)) / 2
+        axis.axhspan(middle.loss - half, middle.loss + half, color="#dddddd", zorder=0, label="LoRA's seeds")
+    ranks = {f"rank-{rank}": rank for rank in rows.setting.learned_ranks} | {LORA: 16}
+    line = sorted((found, rank) for name, rank in ranks.items() if (found := _tuned_point(rows, name)))
+    if line:
+        axis.plot(*zip(*(point[:2] for point, _ in line), strict=True), "-", color=COLOURS[LORA])
+    for point, rank in line:
+        axis.annotate(f"{rank}", point[:2], (0, 5), textcoords="offset points", ha="center", fontsize=7)
     for mark, group, label in (
+        ("o", tuple(ranks), "all linear, by rank"),
         ("s", ("attention", "attention-even"), "attention only"),
         ("^", ("mlp", "mlp-even"), "MLP only"),
-        ("x", ("rslora-64",), "rsLoRA"),
-        ("+", ("plus-64",), "LoRA+"),
+        ("v", ("rslora-64",), "rsLoRA, rank 64"),
+        ("P", ("plus-64",), "LoRA+, rank 64"),
         ("D", (FULL,), "full fine-tuning"),
     ):
-        points = [found for found in map(point, group) if found]
-        colour = COLOURS[FULL] if FULL in group else "#009e73"
-        axis.plot(*zip(*points, strict=True), mark, color=colour, label=label) if points else None
+        colour = COLOURS[FULL] if FULL in group else COLOURS[LORA] if LORA in group else "#009e73"
+        for point in [found for found in (_tuned_point(rows, name) for name in group) if found]:
+            face = colour if point.settled else "none"
+            axis.plot(point.trained, point.loss, mark, color=colour, markerfacecolor=face, label=label)
+            label = "_"  # once in the legend
     axis.set(xlabel="trained values", ylabel="held-out loss, nats a token", xscale="log")
-    _legend(axis)
+    _legend(axis, figure)
     return figure
 
 
-def _legend(axis: Any) -> None:
-    if axis.get_legend_handles_labels()[1]:
+class Point(NamedTuple):
+    """A method by its tuning seed: trained values, held-out loss, whether its rate is settled."""
+
+    trained: int
+    loss: float
+    settled: bool
+
+
+def _tuned_point(rows: Rows, method: str) -> Point | None:
+    task = rows.setting.main_task
+    losses, settled = tried(rows, task, method), best_rate(rows, task, method)
+    rate = settled or min(losses, key=losses.__getitem__, default=0.0)
+    found = rows.get(Job("tune", task, method, rate, TUNING_SEED))
+    return (
+        Point(found["trained"], found["test"], settled is not None)
+        if found and found["test"] is not None
+        else None
+    )
+
+
+def _legend(axis: Any, beside: Figure | None = None) -> None:
+    """Inside the panel, or to the right of the figure where points could lie under it."""
+    handles, labels = axis.get_legend_handles_labels()
+    if labels and beside is None:
         axis.legend(frameon=False, fontsize=7)
+    elif labels and beside is not None:
+        beside.legend(handles, labels, loc="outside right center", frameon=False, fontsize=7)
 
 
 PICTURES: dict[str, Callable[[Rows], Figure]] = {

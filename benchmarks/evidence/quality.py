@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from benchmarks.evidence.lookup import finals_of, label_finals, pair
+from benchmarks.evidence.lookup import finals_of, label_finals, pair, pair_finals
 from benchmarks.evidence.plan import ALL_RATES, BOTH, FULL, LORA, METHODS, Job, best_rate, tried
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import METRICS, TASKS
-from benchmarks.evidence.text import MISSING, markdown, rate_text, spread, verdict
+from benchmarks.evidence.text import MISSING, apart, markdown, rate_text, spread, verdict
 from onebase.config import OptimConfig
 
 
@@ -19,7 +19,7 @@ def quality(rows: Rows) -> str:
     base = rows.get(Job("base")) or {}
     lines = []
     for task in rows.setting.tasks:
-        title, metric = TASKS[task].title, METRICS[TASKS[task].metric][0]
+        title = TASKS[task].title
         if base:
             loss = base["test"][task]
             lines.append(
@@ -28,7 +28,7 @@ def quality(rows: Rows) -> str:
                     "-",
                     f"{loss:.3f}",
                     f"{math.exp(loss):.2f}",
-                    f"{metric} {base['metric'][task]:.1f}",
+                    f"{base['metric'][task]:.1f}",
                 )
             )
         for method in (FULL, LORA):
@@ -40,10 +40,13 @@ def quality(rows: Rows) -> str:
                     rate_text(best_rate(rows, task, method)),
                     spread(losses),
                     f"{mean(map(math.exp, losses)):.2f}" if losses else MISSING,
-                    f"{metric} {spread([f['metric'] for f in found], 1)}" if found else MISSING,
+                    spread([f["metric"] for f in found], 1),
                 )
             )
-    return markdown(("", "learning rate", "held-out loss", "perplexity", "answers"), lines)
+    measures = ", ".join(
+        f"{TASKS[task].title} {METRICS[TASKS[task].metric][0]}" for task in rows.setting.tasks
+    )
+    return markdown(("", "learning rate", "held-out loss", "perplexity", f"answers ({measures})"), lines)
 
 
 def differences(rows: Rows) -> str:
@@ -57,8 +60,8 @@ def differences(rows: Rows) -> str:
             found = pair(rows, task, figure)
             digits = 3 if less else 1
             seeds = ", ".join(f"{d:+.{digits}f}" for d in found.differences) or MISSING
-            lines.append((f"{TASKS[task].title}, {name}", seeds, verdict(found, less)))
-    return markdown(("", "LoRA minus full, each seed", ""), lines)
+            lines.append((f"{TASKS[task].title}, {name}", seeds, apart(found, digits), verdict(found, less)))
+    return markdown(("", "LoRA minus full, each seed", "mean", ""), lines)
 
 
 def rates(rows: Rows) -> str:
@@ -69,7 +72,8 @@ def rates(rows: Rows) -> str:
             found = tried(rows, task, method)
             if found:
                 best = best_rate(rows, task, method)
-                cells = [_tuned(found.get(rate), rate == best) for rate in ALL_RATES]
+                edge = " (edge)" * (best in (min(found), max(found)))
+                cells = [_tuned(found.get(rate), rate == best) + edge * (rate == best) for rate in ALL_RATES]
                 lines.append((f"{TASKS[task].title}: {METHODS[method].title}", *cells))
     used = [n for n in range(len(ALL_RATES)) if any(line[n + 1] for line in lines)]
     short = [(line[0], *(line[n + 1] for n in used)) for line in lines]
@@ -129,6 +133,24 @@ def labels(rows: Rows) -> str:
     return markdown(("", "learning rate", "held-out loss", "accuracy, %", "macro F1, %"), lines)
 
 
+def vectors(rows: Rows) -> str:
+    """Texts that say the same, found by an encoder's vectors: the base and both methods."""
+    task, lines = rows.setting.pair_task, []
+    if base := rows.get(Job("pair-base", task)):
+        lines.append(("base", "-", f"{base['test']['loss']:.3f}", *_found([base["test"]])))
+    for method in (FULL, LORA):
+        found = [f["test"] for f in pair_finals(rows, method)]
+        rate = rate_text(best_rate(rows, task, method, "pair-tune"))
+        name = "LoRA" if method == LORA else "full fine-tuning"
+        lines.append((name, rate, spread([f["loss"] for f in found]), *_found(found)))
+    return markdown(("", "learning rate", "held-out loss", "accuracy@1, %", "MRR@10"), lines)
+
+
+def _found(found: Sequence[Mapping[str, float]]) -> tuple[str, str]:
+    first, ranks = [100 * one["accuracy_at_1"] for one in found], [one["mrr_at_10"] for one in found]
+    return (f"{first[0]:.1f}", f"{ranks[0]:.3f}") if len(found) == 1 else (spread(first, 1), spread(ranks))
+
+
 def _percent(found: Sequence[Mapping[str, float]]) -> tuple[str, str]:
     told = [[100 * one[name] for one in found] for name in ("accuracy", "macro_f1")]
     return tuple(f"{part[0]:.1f}" if len(part) == 1 else spread(part, 1) for part in told)  # pyright: ignore[reportReturnType]
@@ -161,5 +183,6 @@ QUALITY: dict[str, Callable[[Rows], str]] = {
     "longer": longer,
     "default_rate": default_rate,
     "labels": labels,
+    "vectors": vectors,
     "precision": precision,
 }

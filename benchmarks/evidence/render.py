@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import jinja2
 
-from benchmarks.evidence.lookup import Pair, finals_of, label_finals, other_loss, pair, step_runs
-from benchmarks.evidence.papers import papers
+from benchmarks.evidence.lookup import (
+    Pair,
+    finals_of,
+    label_finals,
+    other_loss,
+    pair,
+    pair_finals,
+    rounded_runs,
+    scarce_curve,
+    step_runs,
+)
+from benchmarks.evidence.papers import on_test, papers
 from benchmarks.evidence.pictures import PICTURES as DRAWN
 from benchmarks.evidence.pictures import svg
-from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, best_rate, tried, variants
+from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, variants
 from benchmarks.evidence.quality import QUALITY
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import KNOWN
 from benchmarks.evidence.tables import TABLES
 from benchmarks.evidence.tasks import METRICS, TASKS
-from benchmarks.evidence.text import MISSING, rate_text, verdict
+from benchmarks.evidence.text import MISSING, apart, rate_text, verdict
 from onebase.config import OptimConfig
 from onebase.files import write_text
 
@@ -71,6 +82,9 @@ def facts(rows: Rows) -> dict[str, Any]:
         "known": KNOWN,
         "default_rate": rate_text(OptimConfig().lr),
         "classes": rows.get(Job("label-base", setting.label_task)),
+        "vectors": rows.get(Job("pair-base", setting.pair_task)),
+        "unmoved": [TASKS[name].title for name in setting.tasks if _unmoved(rows, name)],
+        "chance": 2 ** (len(setting.seeds) - 1),
     }
 
 
@@ -88,9 +102,14 @@ def _task(rows: Rows, name: str) -> dict[str, Any]:
         "tokens": round(mean(f["tokens"] for f in found)) if found else None,
         "pool": base["rows"][name][0] if base else None,
         "test": base["rows"][name][2] if base else None,
-        "verdict": verdict(pair(rows, name, lambda f: f["test"][name])),
-        "metric_verdict": verdict(pair(rows, name, lambda f: f["metric"]), less_is_better=False),
     }
+
+
+def _unmoved(rows: Rows, name: str) -> bool:
+    """Whether the task's answers are all wrong, by the base and after every training."""
+    found = [f["metric"] for method in BOTH for f in finals_of(rows, name, method)]
+    base = rows.get(Job("base"))
+    return bool(base and found) and not any([*found, base["metric"][name]])  # pyright: ignore[reportOptionalSubscript]
 
 
 def answers(rows: Rows) -> dict[str, str]:
@@ -119,11 +138,11 @@ def _cheap(rows: Rows) -> str:
         full, lora = (step_runs(rows, side, dtype) for side in ("full", "engine"))
         if full and lora:
             second, memory = (
-                sorted(r[part] for r in lora)[len(lora) // 2] / sorted(r[part] for r in full)[len(full) // 2]
+                median(r[part] for r in lora) / median(r[part] for r in full)
                 for part in ("seconds", "memory")
             )
-            told.append(f"{dtype}: {second:.2f} of the time and {memory:.2f} of the memory above the base")
-    return "; ".join(told)
+            told.append(f"{dtype} {second:.2f} of the time, {memory:.2f} of the memory above the weights")
+    return f"of full fine-tuning's: {'; '.join(told)}" if told else ""
 
 
 def _good(rows: Rows) -> str:
@@ -131,16 +150,20 @@ def _good(rows: Rows) -> str:
     for name in rows.setting.tasks:
         found = pair(rows, name, lambda f, n=name: f["test"][n])
         if found.lora:
-            told.append(f"{TASKS[name].title}: {verdict(found)} ({mean(found.differences):+.3f} nats)")
-    if (classes := _classes(rows)).lora:
-        apart = 100 * mean(classes.differences)
-        told.append(f"classes: {verdict(classes, less_is_better=False)} ({apart:+.1f} points of accuracy)")
-    return "; ".join(told)
+            told.append(f"{TASKS[name].title}: {verdict(found)} ({apart(found)} nats)")
+    for title, finals, field in (
+        ("classes", label_finals, "accuracy"),
+        ("vectors", pair_finals, "accuracy_at_1"),
+    ):
+        found = _points(rows, finals, field)
+        if found.lora:
+            told.append(f"{title}: {verdict(found, less_is_better=False)} ({apart(found, 1)} points)")
+    return f"LoRA minus full fine-tuning: {'; '.join(told)}" if told else ""
 
 
-def _classes(rows: Rows) -> Pair:
-    """The accuracies of both methods, where all seeds of both are there."""
-    found = [[f["test"]["accuracy"] for f in label_finals(rows, method)] for method in BOTH]
+def _points(rows: Rows, finals: Callable[[Rows, str], Sequence[Mapping[str, Any]]], field: str) -> Pair:
+    """A figure in percent of both methods, where all seeds of both are there."""
+    found = [[100 * f["test"][field] for f in finals(rows, method)] for method in BOTH]
     return Pair(*found) if all(len(one) == len(rows.setting.seeds) for one in found) else Pair([], [])
 
 
@@ -149,25 +172,19 @@ def _kept(rows: Rows) -> str:
     for name in tasks if base else ():
         found = pair(rows, name, lambda f, n=name: other_loss(f, base, n, tasks))  # pyright: ignore[reportArgumentType]
         if found.lora:
-            told.append(
-                f"after {TASKS[name].title} LoRA {mean(found.lora):+.3f}, full {mean(found.full):+.3f} nats"
-            )
-    return "; ".join(told)
+            told.append(f"{TASKS[name].title} LoRA {mean(found.lora):+.3f}, full {mean(found.full):+.3f}")
+    return f"change of the loss on the other tasks, nats, after {'; '.join(told)}" if told else ""
 
 
 def _scarce(rows: Rows) -> str:
-    task, told = rows.setting.main_task, []
+    """How far the held-out loss rose from its best to the end of training."""
+    told = []
     for count in rows.setting.scarce:
-        ends = []
-        for method in BOTH:
-            rate = best_rate(rows, task, method)
-            found = rows.get(Job("scarce", task, method, rate or 0.0, 0, count))
-            ends.append(found["curve"][-1]["test"] if found else None)
-        if None not in ends:
-            told.append(f"{count} rows: {ends[0] - ends[1]:+.3f}")
-    return (
-        f"LoRA's held-out loss minus full fine-tuning's at the end, nats: {', '.join(told)}" if told else ""
-    )
+        curves = [scarce_curve(rows, method, count) for method in BOTH]
+        if all(curves):
+            lora, full = (one[-1]["test"] - min(point["test"] for point in one) for one in curves)
+            told.append(f"{count:,} rows LoRA {lora:+.3f}, full {full:+.3f}")
+    return f"rise of the held-out loss after its best, nats: {'; '.join(told)}" if told else ""
 
 
 def _many(rows: Rows) -> str:
@@ -187,27 +204,33 @@ def _many(rows: Rows) -> str:
 
 
 def _where(rows: Rows) -> str:
-    task, found = rows.setting.main_task, []
-    for method in (LORA, *variants(rows.setting)):
-        losses = tried(rows, task, method)
-        if losses:
-            found.append((min(losses.values()), METHODS[method].title))
-    found.sort()
-    if len(found) < 2:
-        return ""
-    return f"least tuning loss: {found[0][1]} ({found[0][0]:.3f}); most: {found[-1][1]} ({found[-1][0]:.3f})"
+    """Places at as many values, and ranks, beside how far LoRA's own seeds are apart; settled rates alone."""
+    task, setting, told = rows.setting.main_task, rows.setting, []
+    found = {method: on_test(rows, method, settled=True) for method in (LORA, *variants(setting))}
+    known = {method: mean(losses) for method, (losses, _) in found.items() if losses}
+    if LORA in known:
+        for method in ("mlp-even", "attention-even"):
+            if method in known:
+                told.append(
+                    f"{METHODS[method].title} {known[method] - known[LORA]:+.3f} nats against all linear"
+                )
+    ranks = [known[name] for name in (*(f"rank-{r}" for r in setting.learned_ranks), LORA) if name in known]
+    if len(ranks) > 1:
+        told.append(f"{len(ranks)} ranks within {max(ranks) - min(ranks):.3f}")
+    seeds = [f["test"][task] for f in finals_of(rows, task, LORA)]
+    if told and len(seeds) > 1:
+        told.append(f"LoRA's own seeds within {max(seeds) - min(seeds):.3f}")
+    return "; ".join(told)
 
 
 def _quantised(rows: Rows) -> str:
-    task, rate = rows.setting.main_task, best_rate(rows, rows.setting.main_task, LORA)
-    plain = [f["test"][task] for f in finals_of(rows, task, LORA)]
-    told = []
-    for method in ("int8", "int4-64", "int4-row"):
-        found = [rows.get(Job("final", task, method, rate or 0.0, seed)) for seed in rows.setting.seeds]
-        losses = [f["test"][task] for f in found if f]
-        if losses and plain:
-            told.append(f"{METHODS[method].title}: {mean(losses) - mean(plain):+.3f} nats")
-    return f"LoRA's loss against that on 16 bits: {'; '.join(told)}" if told else ""
+    base, task = rows.get(Job("base")), rows.setting.main_task
+    told = [
+        f"{METHODS[one.method].title}: the base {one.base - base['test'][task]:+.3f}, with LoRA {mean(one.apart):+.3f}"
+        for one in rounded_runs(rows)
+        if base and one.apart
+    ]
+    return f"loss against 16 bits, nats: {'; '.join(told)}" if told else ""
 
 
 ANSWERS = {

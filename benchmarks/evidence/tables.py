@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
+from statistics import mean, median
 
 from benchmarks.evidence.lookup import (
     final_rows,
@@ -11,6 +11,7 @@ from benchmarks.evidence.lookup import (
     matrix_losses,
     other_loss,
     pair,
+    rounded_runs,
     scarce_curve,
     step_runs,
 )
@@ -18,7 +19,6 @@ from benchmarks.evidence.plan import (
     FULL,
     LORA,
     METHODS,
-    QUANTISED,
     STEP_SIDES,
     Job,
     best_rate,
@@ -147,9 +147,15 @@ def forgetting_verdicts(rows: Rows) -> str:
     for task in rows.setting.tasks if base else ():
         found = pair(rows, task, lambda f, t=task: other_loss(f, base, t, rows.setting.tasks))  # pyright: ignore[reportArgumentType]
         seeds = ", ".join(f"{d:+.3f}" for d in found.differences) or MISSING
-        told = verdict(found).replace("better", "kept more").replace("LoRA kept", "LoRA kept")
+        told = verdict(found, words=("lower", "lower"))
         lines.append((TASKS[task].title, spread(found.lora), spread(found.full), seeds, told))
-    head = ("trained on", "others' loss, LoRA", "others' loss, full", "LoRA minus full, each seed", "")
+    head = (
+        "trained on",
+        "others' loss, LoRA",
+        "others' loss, full fine-tuning",
+        "LoRA minus full, each seed",
+        "",
+    )
     return markdown(head, lines)
 
 
@@ -229,26 +235,28 @@ def _order(method: str) -> tuple[int, int]:
 
 
 def quantised(rows: Rows) -> str:
-    task, base = rows.setting.main_task, rows.get(Job("base"))
-    rate = best_rate(rows, task, LORA)
-    plain = [f["test"][task] for f in final_rows(rows, task, LORA, rate)]
-    lines = []
+    """The base's loss and LoRA's on rounded weights, and how far each is from the same on 16 bits, seed by seed."""
+    task, base, lines = rows.setting.main_task, rows.get(Job("base")), []
     if base:
-        weights = 2 * base["parameters"]
-        lines.append(("as given, 16 bits", megabytes(weights), f"{base['test'][task]:.3f}", spread(plain)))
-    for method in QUANTISED:
-        if found := final_rows(rows, task, method, rate):
-            first = found[0]
-            own = [f["test"][task] for f in found]
-            lines.append(
-                (
-                    METHODS[method].title,
-                    megabytes(first["stored_bytes"]),
-                    f"{first['base_test'][task]:.3f}",
-                    spread(own),
-                )
+        plain = [f["test"][task] for f in finals_of(rows, task, LORA)]
+        cells = (megabytes(2 * base["parameters"]), f"{base['test'][task]:.3f}", "-", spread(plain), "-")
+        lines.append(("as given, 16 bits", *cells))
+    for one in rounded_runs(rows) if base else ():
+        lines.append(
+            (
+                METHODS[one.method].title,
+                megabytes(one.stored_bytes),
+                f"{one.base:.3f}",
+                f"{one.base - base['test'][task]:+.3f}",  # pyright: ignore[reportOptionalSubscript]
+                spread(one.losses),
+                f"{mean(one.apart):+.3f}" if one.apart else MISSING,
             )
-    return markdown(("the base's linear weights", "base as stored, MB", "base's loss", "with LoRA"), lines)
+        )
+    head = (
+        *("the base's linear weights", "base as stored, MB", "base's loss", "against 16 bits"),
+        *("with LoRA", "against 16 bits, same seeds"),
+    )
+    return markdown(head, lines)
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {

@@ -34,15 +34,26 @@ def rate_text(rate: float | None) -> str:
     return MISSING if rate is None else f"{rate:.0e}".replace("e-0", "e-")
 
 
-def verdict(found: Pair, less_is_better: bool = True) -> str:
-    """Who is better, by the sign of the difference in every seed."""
-    apart = found.differences
+def verdict(found: Pair, less_is_better: bool = True, words: tuple[str, str] = ("better", "better")) -> str:
+    """Who is better, in how many of the seeds that both have; `words`: of LoRA and of full fine-tuning.
+
+    A difference of 0 counts for nobody. Where both are better somewhere there is no winner.
+    """
+    apart = [-d if less_is_better else d for d in found.differences]
     if not apart:
         return MISSING
-    seeds = f"{len(apart)} of {len(apart)} seeds" if len(apart) > 1 else "one seed"
-    if all(d == 0 for d in apart):
-        return f"the same in {seeds}"
-    if all(d <= 0 for d in apart) or all(d >= 0 for d in apart):
-        lora = (mean(apart) < 0) == less_is_better
-        return f"{'LoRA' if lora else 'full fine-tuning'} better in {seeds}"
-    return "no clear winner: the sign changes with the seed"
+    count = len(apart)
+    seeds = f"of {count} seeds" if count > 1 else "of 1 seed"
+    wins, losses = sum(d > 0 for d in apart), sum(d < 0 for d in apart)
+    if wins and losses:
+        return f"mixed: LoRA {words[0]} in {wins}, full fine-tuning in {losses} {seeds}"
+    if not wins and not losses:
+        return f"level in {count} {seeds}"
+    who, won = (f"LoRA {words[0]}", wins) if wins else (f"full fine-tuning {words[1]}", losses)
+    level = f", level in {count - won}" if won < count else ""
+    return f"{who} in {won} {seeds}{level}"
+
+
+def apart(found: Pair, digits: int = 3) -> str:
+    """LoRA minus full fine-tuning, the mean over seeds, with its sign."""
+    return f"{mean(found.differences):+.{digits}f}" if found.differences else MISSING

@@ -25,14 +25,16 @@ from benchmarks.evidence.render import PICTURES as DRAWN
 from benchmarks.evidence.rows import COMMITTED, Rows
 from benchmarks.evidence.settings import QUICK, REAL, TUNING_SEED
 from benchmarks.evidence.tables import TABLES
-from benchmarks.evidence.tasks import METRICS, TASKS, number, open_labelled, open_task, parted
+from benchmarks.evidence.tasks import METRICS, TASKS, number, open_labelled, open_pairs, open_task, parted
 from benchmarks.evidence.text import verdict
 from transformers import get_linear_schedule_with_warmup
 
 from onebase.adapters.targets import match
 from onebase.config import LoraConfig, OptimConfig
 from onebase.data.pack import step_rows
+from onebase.data.pairs import columns
 from onebase.errors import MissingFile
+from onebase.models.embedder import Embedder
 from onebase.training.work import Load, product_flop, read_decoder, step_products
 
 
@@ -283,6 +285,32 @@ def test_stored_bytes_count_integers_scales_and_the_rest(base):
     assert stored_bytes(base.model, 4, 16) == linear // 2 + 2 * linear // 16 + 2 * rest
 
 
+# -- texts that belong together
+
+
+def test_pairs_share_no_prompt_between_parts(base):
+    rows = open_pairs("alike", QUICK, base.with_embedder(Embedder()), None)
+    texts = [{text for row in part for text in map(tuple, columns([row]))} for part in rows]
+    assert all(len(part) > 4 for part in rows)
+    assert not texts[0] & (texts[1] | texts[2])
+    anchors, positives = columns(rows.test)
+    assert len(set(anchors)) == len(anchors)  # one row each
+    assert not set(anchors) & set(positives)
+
+
+def test_both_methods_learn_pairs_from_one_start(base):
+    plain = base.with_embedder(Embedder())
+    rows = open_pairs("alike", QUICK, plain, None)
+    config = optim_config(METHODS[LORA], 3e-3, 3, 4)
+    made = Course(plain, lambda: open_base(QUICK).with_embedder(Embedder()), rows.train, rows.test, config)
+    losses = {}
+    for name in (LORA, FULL):
+        with learner(name, 0, made) as learning:
+            losses[name] = fit(learning, rows.train, config, 0).losses
+    assert losses[LORA][0] == pytest.approx(losses[FULL][0], rel=1e-5)
+    assert losses[LORA][1:] != pytest.approx(losses[FULL][1:], rel=1e-5)
+
+
 # -- the page
 
 
@@ -292,7 +320,13 @@ def test_a_verdict_needs_every_seed():
         verdict(Pair([1.0, 2.0], [1.5, 2.5]), less_is_better=False)
         == "full fine-tuning better in 2 of 2 seeds"
     )
-    assert "no clear winner" in verdict(Pair([1.0, 3.0], [1.5, 2.5]))
+    assert (
+        verdict(Pair([1.0, 3.0], [1.5, 2.5])) == "mixed: LoRA better in 1, full fine-tuning in 1 of 2 seeds"
+    )
+    # a difference of nothing is nobody's
+    assert verdict(Pair([0.0, 4.2, 0.0], [0.0, 0.0, 0.0]), False) == "LoRA better in 1 of 3 seeds, level in 2"
+    assert verdict(Pair([1.0, 1.0], [1.0, 1.0])) == "level in 2 of 2 seeds"
+    assert verdict(Pair([2.0], [1.0]), words=("lower", "lower")) == "full fine-tuning lower in 1 of 1 seed"
     assert verdict(Pair([], [])) == "not run"
 
 

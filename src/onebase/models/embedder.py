@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def _read(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
-        found = cast("Any", json.loads(path.read_text(encoding="utf-8")))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise BaseError(f"read {path}", str(error)) from error
     if not isinstance(found, type(default)):

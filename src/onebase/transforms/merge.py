@@ -89,11 +89,8 @@ class Skeleton:
     fusions: tuple[Fusion, ...] = ()  # for the parameters that are loaded otherwise
 
     def for_adapter(self, adapter: Adapter) -> Skeleton:
-        """The skeleton itself.
-
-        Raises BaseError for an adapter whose head the model folder has no place for, or one that makes vectors with a
-        decoder, whose own modules have other paths.
-        """
+        """The skeleton itself. Raises BaseError for an adapter whose head the model folder has no place for, or one
+        that makes vectors with a decoder, whose own modules have other paths."""
         paths = {path for path, _ in base_modules(self.model)}
         lacking = set(adapter.full) - paths
         if adapter.origin.embeds and not adapter.lowrank.keys() <= paths:

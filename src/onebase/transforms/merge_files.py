@@ -36,7 +36,7 @@ from onebase.transforms.merge import (
 
 PIECE = 1 << 18  # values of a tensor that are read, changed and written at a time: they stay in the cache
 THREADS = 2  # one computes while another waits for memory; more gain nothing, as writing is most of the work
-# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence; how vectors are made.
+# What makes a folder of weights a model that loads: configuration, tokenizer, template, licence, how it pools.
 BESIDE = (
     *("generation_config.json", "*processor_config.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
