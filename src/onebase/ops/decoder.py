@@ -299,11 +299,11 @@ def _attention_backward(
     if d_attended is None:
         return None, [], d_out
     heads, spec = Heads(state.q, state.k, state.v), layer.attention
-    outputs = (_split(one, spec) for one in (d_attended, state.attended))
+    d_attended, attended = _split(d_attended, spec), _split(state.attended, spec)
     d_outputs = _blank(d_attended, layer.linears.qkv)
     d_raw = _parts(d_outputs, spec.sizes)
     d_heads = _as_heads(d_raw, spec)
-    prefix_attention_backward(*outputs, heads, call.forest, spec.scoring, d_heads)
+    prefix_attention_backward(d_attended, attended, heads, call.forest, spec.scoring, d_heads)
     _heads_backward(d_heads, state, spec, call.rotation, d_raw)
     d_x, d_qkv = project_backward(d_outputs, (n, state.h.qkv), layer.linears.qkv, shares.qkv, wants_x)
     return d_x, d_qkv, d_out

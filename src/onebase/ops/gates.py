@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def _native_gated(x: Halves, activation: str) -> Tensor:
     return z
 
 
-def _native_gated_backward(dz: Tensor, x: Halves, activation: str, out: Halves) -> None:
+def _native_gated_backward(dz: Tensor, x: Halves, activation: str, out: Halves) -> Any:
     if activation not in kernels.GATES or not kernels.by_row(dz, *x, *out):
         return NotImplemented
     sizes = (dz.shape[-1], kernels.GATES[activation], len(dz))

@@ -126,7 +126,7 @@ def natively(kernel: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R
         def either(*args: P.args, **kwargs: P.kwargs) -> R:
             first: Any = args[0]
             taken = takes(first if isinstance(first, Tensor) else first[0])
-            done = kernel(*args, **kwargs) if taken else NotImplemented
+            done: Any = kernel(*args, **kwargs) if taken else NotImplemented
             return twin(*args, **kwargs) if done is NotImplemented else done
 
         return either

@@ -87,13 +87,14 @@ def _table(cuts: Sequence[Cut], window: int | None) -> Table:
     found = trees(cuts)
     ordered = [cut for _, own in found for cut in own]
     ends = [0, *accumulate(len(own) for _, own in found)], [0, *accumulate(len(cut.keys) for cut in ordered)]
-    rows = (
+    tables = (
         [(*span, *cut) for (span, _), cut in zip(found, pairwise(ends[0]), strict=True)],
         [(*cut.queries, *span) for cut, span in zip(ordered, pairwise(ends[1]), strict=True)],
         [span for cut in ordered for span in cut.keys],
     )
     longest = max(stop - start for (start, stop), _ in found)
-    return Table(*(torch.tensor(one, dtype=torch.int64) for one in rows), longest, window or 0)
+    parts = (torch.tensor(rows, dtype=torch.int64) for rows in tables)
+    return Table(*parts, longest=longest, window=window or 0)
 
 
 def blocks(nodes: Sequence[Node], window: int | None, heads: tuple[int, int], like: Tensor) -> list[Block]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from onebase.config import OptimConfig
 from onebase.errors import FormatError
 
+FUSED = ("cpu", "cuda")  # the devices where torch has AdamW as one kernel
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -34,6 +35,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) 
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=all(
+            p.device.type in FUSED for p in parameters.values()
+        ),  # one pass over each parameter's state
     )
 
 
