@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from onebase.errors import ConfigError, nearest
+from onebase.errors import ConfigError
+from onebase.options import require
 
 TaskName = Literal["causal", "classify", "regress", "embed"]
 PoolingName = Literal["", "mean", "cls", "last", "max"]
@@ -30,8 +31,7 @@ WHY = {
 
 def require_task(task: str) -> None:
     """Raise ConfigError where there is no such task."""
-    if task not in UNREAD:
-        raise ConfigError(f"option task={task}", "no such task", nearest(task, UNREAD))
+    require("task", task, task in UNREAD, "one of " + ", ".join(UNREAD))
 
 
 def require_read(task: str, *configs: Any) -> None:
