@@ -15,13 +15,14 @@ from onebase.cli.console import console, table
 from onebase.config import build, flatten
 from onebase.data.labels import Head
 from onebase.errors import ConfigError
-from onebase.ops.lowrank import update
 from onebase.storage.adapter_files import TENSORS
 from onebase.storage.format import read_adapter
 from onebase.tasks import EMBED
 from onebase.training.report import count, plain, size
+from onebase.transforms.arithmetic import norms
 
 VARIANTS = {"rslora": "rsLoRA", "dora": "DoRA", "lora_bias": "with bias"}
+SHOWN = 2000  # modules in the table; a screen of more takes longer to draw than the file to read
 TRAINING = ("steps", "tokens", "rows", "loss")
 
 
@@ -43,6 +44,7 @@ def run(options: dict[str, Any]) -> int:
 
 def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
     """The adapter as plain values; `norm` is the Frobenius norm of scale·B·A, 0 where the update does nothing."""
+    sizes = norms(adapter)
     modules = [
         {
             "module": path,
@@ -51,7 +53,7 @@ def describe(adapter: Adapter, folder: Path) -> dict[str, Any]:
             "out": low.B.shape[0],
             "rank": low.rank,
             "scale": low.scale,
-            "norm": float(update(low.factors).norm()),
+            "norm": sizes[path],
         }
         for path, low in adapter.lowrank.items()
     ]
@@ -113,7 +115,7 @@ def _print(facts: dict[str, Any]) -> None:
     modules = Table(
         "module", "in → out", "rank", "scale", "norm of s·B·A", title="updates", title_justify="left"
     )
-    for item in facts["modules"]:
+    for item in facts["modules"][:SHOWN]:
         shape = f"{item['in']} → {item['out']}"
         modules.add_row(
             Text(item["module"], overflow="fold"),
@@ -123,3 +125,5 @@ def _print(facts: dict[str, Any]) -> None:
             f"{item['norm']:.4g}",
         )
     console.print(modules)
+    if (more := len(facts["modules"]) - SHOWN) > 0:
+        console.print(f"... and {more:,} more: --json lists all")
