@@ -108,8 +108,8 @@ def _proved(folder: Path, head: _Head, base: HasModel, places: Places) -> _Kind 
     except (OnebaseError, OSError, ValueError, KeyError, RuntimeError):
         return None
     order, dtypes = _order(adapter, stored, outline), {info.dtype for info in stored}
-    plain = order is not None and len(dtypes) == 1 and dtypes.issubset(_WIDENED)
-    if not plain or head != _read_head(folder):
+    plain = len(dtypes) == 1 and dtypes.issubset(_WIDENED)
+    if order is None or not plain or head != _read_head(folder):
         return None
     shapes = tuple(info.shape for info in stored)
     return _Kind(adapter, raw, metadata, start, DTYPES[dtypes.pop()], order, shapes)
