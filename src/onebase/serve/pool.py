@@ -311,7 +311,7 @@ class AdapterPool:
         folder = (path if path.is_absolute() else root / path).resolve()
         for one in (folder, *(folder / name for name in (CONFIG, TENSORS, SIDECAR))):
             if not one.resolve().is_relative_to(root) or folder == root:
-                raise ConfigError(f"adapter folder {path}", f"it is not inside of {self._folder}")
+                raise ConfigError(f"adapter folder {path}", "it is not inside of the adapters folder")
         return folder
 
 
