@@ -95,6 +95,7 @@ def test_we_read_what_peft_saves_and_learn_alike(name, tmp_path):
     base = saved(name, tmp_path / "base")
     targets = {"bert": ["query", "dense"], "distilbert": ["q_lin", "lin1"], "llama": "all-linear"}[name]
     config = PeftConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = get_peft_model(copy.deepcopy(body(tmp_path / "base")), config).eval()
@@ -127,5 +128,7 @@ def test_we_read_what_peft_saves_and_learn_alike(name, tmp_path):
         if "pooler" in path:  # what PEFT's all-linear gives to a layer that makes no vector
             assert parameter.grad is None
             continue
-        torch.testing.assert_close(parameter.grad, found[path].grad, rtol=1e-4, atol=1e-6)
+        theirs_grad = found[path].grad
+        atol = 1e-4 * float(theirs_grad.abs().max())  # similarities times 20 make small parts round coarsely
+        torch.testing.assert_close(parameter.grad, theirs_grad, rtol=1e-4, atol=atol)
     assert max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None) > 1e-3
