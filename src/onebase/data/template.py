@@ -300,8 +300,7 @@ def _template_mask(tokenizer: Tokenizer, messages: Sequence[Message], ends: Ends
 
 
 def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # Never with the tokenizer's own special tokens: it might also add an end. _lead and _finish add ours, and
-    # a chat template writes its own (as in transformers' apply_chat_template).
+    # Never with the tokenizer's own special tokens: _lead and _finish add ours, a chat template writes its own.
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     once = list(dict.fromkeys(texts))  # rows often share their prompt
     ids = dict(zip(once, tokenizer(once, **options)["input_ids"] if once else [], strict=True))
