@@ -72,9 +72,12 @@ class Batch(NamedTuple):
     lengths: int
 
 
-def layer_values(layer: Layer, ranks: int) -> int:
-    """The values of a token that a decoder layer keeps; `ranks`: of its updates together, whose x·Aᵀ is kept too."""
-    return sum(count(layer) for count in KEPT) + ranks
+def layer_bytes(layer: Layer, ranks: int, size: int) -> int:
+    """What a decoder layer keeps of a token, of `size` bytes a value; `ranks`: of its updates together.
+
+    Their x·Aᵀ is kept too, in float32 at least (torch's twin of the kernels keeps it in the base's dtype).
+    """
+    return size * sum(count(layer) for count in KEPT) + max(size, 4) * ranks
 
 
 def ranks_by_layer(targets: Sequence[Target]) -> Mapping[int | None, int]:
@@ -85,13 +88,15 @@ def ranks_by_layer(targets: Sequence[Target]) -> Mapping[int | None, int]:
     return found
 
 
-def kept_values(layers: Sequence[Layer], targets: Sequence[Target], recompute: bool) -> int:
-    """The values of a token that all layers keep until the backward pass. Below the first that is trained: none."""
+def kept_bytes(layers: Sequence[Layer], targets: Sequence[Target], size: int, recompute: bool) -> int:
+    """What all layers keep of a token until the backward pass. Below the first that is trained: nothing."""
     ranks = ranks_by_layer(targets)
     first = min((layer for layer in ranks if layer is not None), default=0)
     if recompute:
-        return sum(width(layer) for layer in layers[first:])
-    return sum(layer_values(layer, ranks[number]) for number, layer in enumerate(layers) if number >= first)
+        return size * sum(width(layer) for layer in layers[first:])
+    return sum(
+        layer_bytes(layer, ranks[number], size) for number, layer in enumerate(layers) if number >= first
+    )
 
 
 def engine_bytes(model: nn.Module, targets: Sequence[Target], batch: Batch, recompute: bool) -> int:
@@ -101,17 +106,17 @@ def engine_bytes(model: nn.Module, targets: Sequence[Target], batch: Batch, reco
     """
     read, size = read_model(model, ()), _itemsize(model)
     layers = [one.frozen for one in read.layers]
-    kept = kept_values(layers, targets, recompute)
+    kept = kept_bytes(layers, targets, size, recompute)
     if recompute:
         ranks = ranks_by_layer(targets)
-        kept += max(layer_values(layer, ranks[number]) for number, layer in enumerate(layers))
+        kept += max(layer_bytes(layer, ranks[number], size) for number, layer in enumerate(layers))
     # Backward through a layer: gradients of gate, up and their product, of q, k, v and the attention's output, of the
     # hidden states, and a normed input.
     working = max(3 * layer.inner[0] + 2 * sum(layer.attention.sizes) + 4 * width(layer) for layer in layers)
     scores = 3 * 4 * layers[0].attention.heads * min(batch.longest, MOST_QUERIES) * batch.longest
     # A chunk's logits as they are multiplied, in float32, and their gradient; the states and their gradient.
     head = CHUNK * read.head.weight.shape[0] * (8 + size) + 3 * size * batch.losses * width(layers[0])
-    return batch.tokens * kept * size + max(batch.tokens * working * size + scores, head)
+    return batch.tokens * kept + max(batch.tokens * working * size + scores, head)
 
 
 def autograd_bytes(model: nn.Module, targets: Sequence[Target], batch: Batch, recompute: bool = False) -> int:
