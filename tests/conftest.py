@@ -2,5 +2,9 @@
 
 from hypothesis import settings
 
-settings.register_profile("onebase")
-settings.load_profile("onebase")
+settings.register_profile("onebase", deadline=None)
+
+
+def pytest_configure() -> None:
+    """Later than the plugins, one of which loads a profile of its own."""
+    settings.load_profile("onebase")

@@ -92,8 +92,9 @@ def test_warnings_keep_the_exit_code(folder, capsys):
 def test_without_a_base(folder, capsys):
     code, shown = doctor(capsys, folder, "--base", "off")
     assert code == 0
-    assert "not looked at base, keys, size, intruders, merged, prompt, effect: left out: --base off" in words(
-        shown.out
+    assert (
+        "not looked at base, keys, size, intruders, merged, prompt, words, effect: left out: --base off"
+        in words(shown.out)
     )
     assert "|s·B·A| by layer" in shown.out
 

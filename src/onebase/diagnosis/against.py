@@ -252,6 +252,31 @@ def prompt(case: Case) -> Iterator[Finding]:
         )
 
 
+def words(case: Case) -> Iterator[Finding]:
+    """The tokenizer beside the adapter, where there is one: whether a text has the ids that it was trained on."""
+    theirs, tokenizer = case.files.vocabulary, known_base(case).tokenizer
+    if not theirs or tokenizer is None:
+        yield Finding("fine", "no tokenizer lies beside it that could differ from the base's")
+        return
+    own = tokenizer.get_vocab() | dict(case.origin.tokens)
+    other = sorted(token for token in theirs if token in own and own[token] != theirs[token])
+    unknown = sorted(theirs.keys() - own.keys())
+    facts = {"tokens": len(theirs), "other": len(other), "unknown": len(unknown)}
+    if other:
+        first = other[0]
+        found = f"{len(other)} of the {len(theirs)} tokens beside it have other ids in the base's tokenizer: "
+        found += f"{first!r} is {theirs[first]} there and {own[first]} here"
+        yield Finding(
+            "error", found, "it was trained with another tokenizer: use the base that has it", facts
+        )
+    elif unknown:
+        found = f"the base's tokenizer lacks {len(unknown)} of the {len(theirs)} tokens beside it: "
+        found += some([repr(token) for token in unknown])
+        yield Finding("warning", found, "texts with these have other ids than in training", facts)
+    else:
+        yield Finding("fine", f"the {len(theirs)} tokens beside it are the base's", facts=facts)
+
+
 def effect(case: Case) -> Iterator[Finding]:
     """What the adapter does to the base's predictions on a few prompts."""
     if case.effect is None:

@@ -34,6 +34,7 @@ CHECKS: dict[str, Check] = {
     "intruders": Check("does it add directions that the base lacks?", against.intruding, True),
     "merged": Check("is it in these weights already?", against.merged, True),
     "prompt": Check("can the base's tokenizer render its prompts?", against.prompt, True),
+    "words": Check("are its tokenizer's ids the base's?", against.words, True),
     "effect": Check("what does it do to predictions?", against.effect, True),
 }
 

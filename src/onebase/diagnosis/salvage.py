@@ -46,6 +46,9 @@ class Salvage:
     refusal: str = ""  # why it does
     misfit: str = ""  # why it does not load onto the base, whatever the fingerprints
     template: str = ""  # the chat template that lies beside the adapter
+    vocabulary: Mapping[str, int] = field(
+        default_factory=dict[str, int]
+    )  # the tokenizer's that lies beside it
     lows: Mapping[str, LowRank] = field(
         default_factory=dict[str, LowRank]
     )  # the updates, also where it refuses
@@ -66,7 +69,8 @@ def salvage(folder: str | Path, base: HasModel | None = None) -> Salvage:
     _json(folder / SIDECAR, False, faults)
     infos = _infos(folder, faults)
     fixed = repair(info.name for info in infos)
-    read = Salvage(folder, raw, infos, tuple(faults), fixed.wrongs, template=_template(folder))
+    beside: Any = {"template": _template(folder), "vocabulary": _vocabulary(folder)}
+    read = Salvage(folder, raw, infos, tuple(faults), fixed.wrongs, **beside)
     try:
         stored = read_stored(folder, base.model if base is not None else None)
     except OnebaseError as error:
@@ -92,6 +96,25 @@ def _template(folder: Path) -> str:
         return jinja.read_text(encoding="utf-8", errors="replace")
     template = _json(folder / "tokenizer_config.json", False, []).get("chat_template")
     return template if isinstance(template, str) else ""
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Each token's id in the tokenizer.json that trainers save beside an adapter, empty where there is none.
+
+    The vocabulary is a mapping or, of Unigram, a list of tokens with their scores; added tokens have their ids.
+    """
+    told: Any = _json(folder / "tokenizer.json", False, [])
+    model, added = told.get("model"), told.get("added_tokens")
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):
+        first = [one[0] if isinstance(one, list) and one else None for one in vocabulary]
+        vocabulary = {token: number for number, token in enumerate(first)}
+    found: dict[str, int] = dict(vocabulary) if fits(dict[str, int], vocabulary) else {}
+    for one in added if isinstance(added, list) else ():
+        pair: Any = {one.get("content"): one.get("id")} if isinstance(one, dict) else None
+        if fits(dict[str, int], pair):
+            found.update(pair)
+    return found
 
 
 def _json(path: Path, needed: bool, faults: list[Fault]) -> dict[str, Any]:

@@ -181,6 +181,39 @@ def test_another_chat_template_beside_the_adapter(folder, place):
         only(look(folder), "prompt", severity)
 
 
+def listed(kind, vocabulary, added):
+    model = {"vocab": vocabulary if kind == "mapping" else [[token, -1.0] for token in vocabulary]}
+    return json.dumps({"model": model, "added_tokens": added})
+
+
+@pytest.mark.parametrize("kind", ["mapping", "list"])
+def test_the_tokenizer_beside_the_adapter(folder, kind):
+    ids = dict(sorted(tokenizer().get_vocab().items(), key=lambda pair: pair[1]))
+    (folder / "tokenizer.json").write_text(listed(kind, ids, []))
+    assert str(len(ids)) in only(look(folder), "words", "fine")[0]
+
+    (folder / "tokenizer.json").write_text(listed(kind, ids, [{"content": "<new>", "id": len(ids)}]))
+    assert "lacks 1 of" in only(look(folder), "words", "warning")[0]
+    assert "<new>" in only(look(folder), "words", "warning")[0]
+
+    first, second, *rest = ids
+    swapped = {token: number for number, token in enumerate([second, first, *rest])}
+    (folder / "tokenizer.json").write_text(listed(kind, swapped, []))
+    text, facts = only(look(folder), "words", "error")
+    assert text.startswith("2 of the ")
+    assert f"{min(first, second)!r} is {swapped[min(first, second)]} there" in text
+    assert "another tokenizer" in text
+    assert facts == {"tokens": len(ids), "other": 2, "unknown": 0}
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", '{"model": 3}', '{"model": {"vocab": {"a": "b"}}, "added_tokens": [3]}']
+)
+def test_a_tokenizer_that_cannot_be_read_says_nothing(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    assert "no tokenizer lies beside it" in only(look(folder), "words", "fine")[0]
+
+
 def test_a_prompt_format_that_is_none(tmp_path):
     assert (
         "is not one"
