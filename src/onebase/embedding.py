@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from onebase.adapters.adapter import Adapter
 from onebase.adapters.injection import injected
-from onebase.config import DataConfig, build
-from onebase.data.labels import encode_labelled
+from onebase.config import DataConfig
 from onebase.data.pairs import Ids, columns, encode_pairs, partners
 from onebase.data.read import Example
 from onebase.data.template import Encoded, EncodedSet
@@ -22,7 +21,8 @@ from onebase.models.base import Base
 from onebase.models.embedder import stated
 from onebase.models.loss import text_vectors
 from onebase.models.vocabulary import for_adapter
-from onebase.prediction import LIKE_TRAINING
+from onebase.prediction import encode_rows, read_as_trained, reading
+from onebase.tasks import EMBED
 
 RANKS = 10  # MRR looks at so many
 
@@ -43,11 +43,9 @@ def embed(
     Raises BaseError for an adapter that makes no vectors, DataError for a text without tokens or one that is too long.
     """
     base = with_its_embedder(base, adapter, options.pop("pooling", ""))
-    if base.tokenizer is None:
-        raise BaseError(f"read texts with {base.ref}", "it has no tokenizer files")
-    config = longest_of(base, as_trained(adapter, options))
+    config = longest_of(base, read_as_trained(adapter, {"task": EMBED, **options}))
     examples = [Example(row, text=text) for row, text in enumerate(texts, 1)]
-    rows = encode_labelled(base.tokenizer, examples, None, config, base.context).rows
+    rows = encode_rows(base, examples, None, config).rows
     with injected(base.model, adapter, "embed"):
         return vectors_of(base, [row.ids for row in rows], batch_size)
 
@@ -69,13 +67,6 @@ def with_its_embedder(base: Base, adapter: Adapter | None, pooling: str = "") ->
     return base
 
 
-def as_trained(adapter: Adapter | None, options: Mapping[str, Any]) -> DataConfig:
-    """The options about rows, those that decide how a text is cut as in the adapter's training."""
-    settings = adapter.origin.training.get("settings", {}) if adapter else {}
-    own = {name: settings[name] for name in LIKE_TRAINING if name in settings}
-    return build(DataConfig, {"holdout": 0, "task": "embed", **own, **options})
-
-
 def longest_of(base: Base, config: DataConfig) -> DataConfig:
     """The config with the longest text that the base's own files state, where nothing else was asked for."""
     told = base.embedder.longest if base.embedder else 0
@@ -85,9 +76,7 @@ def longest_of(base: Base, config: DataConfig) -> DataConfig:
 
 def encode_texts(base: Base, examples: Sequence[Example], config: DataConfig) -> EncodedSet:
     """The rows' texts as ids. Raises BaseError without a tokenizer, and what `encode_pairs` does."""
-    if base.tokenizer is None:
-        raise BaseError(f"read texts with {base.ref}", "it has no tokenizer files")
-    return encode_pairs(base.tokenizer, examples, longest_of(base, config), base.context)
+    return encode_pairs(reading(base), examples, longest_of(base, config), base.context)
 
 
 def vectors_of(base: Base, texts: Sequence[Sequence[int]], batch_size: int) -> Tensor:

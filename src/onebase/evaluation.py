@@ -20,7 +20,7 @@ from onebase.adapters.injection import injected
 from onebase.config import DataConfig, Sampling, build
 from onebase.data.read import Example, read_examples
 from onebase.data.template import Encoded, PromptFormat, encode
-from onebase.embedding import as_trained, encode_texts, retrieval, search_of, similarities, with_its_embedder
+from onebase.embedding import encode_texts, retrieval, search_of, similarities, with_its_embedder
 from onebase.models.base import Base
 from onebase.models.generation import answers, format_of
 from onebase.models.scoring import Scorer, choose, loss_tokens, scorer
@@ -120,7 +120,7 @@ def evaluate_pairs(
 
     The plain base (None) pools as its folder states, or by `pooling`.
     """
-    config = as_trained(adapter, {**options, "task": EMBED})
+    config = read_as_trained(adapter, {**options, "task": EMBED})
     base = with_its_embedder(base, adapter, config.pooling)
     examples = read_examples(data, config) if isinstance(data, str) else list(data)
     rows = encode_texts(base, examples, config).rows

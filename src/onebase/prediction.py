@@ -78,18 +78,23 @@ def with_its_head(base: Base, adapter: Adapter | None) -> tuple[Base, Head]:
     return base, base.head
 
 
-def read_as_trained(adapter: Adapter, options: Mapping[str, Any]) -> DataConfig:
-    """The options about rows, those that decide how a text is cut as in the adapter's training."""
-    settings = adapter.origin.training.get("settings", {})
+def read_as_trained(adapter: Adapter | None, options: Mapping[str, Any]) -> DataConfig:
+    """The options about rows, those that decide how a text is cut as in the adapter's training, if there is one."""
+    settings = adapter.origin.training.get("settings", {}) if adapter else {}
     own = {name: settings[name] for name in LIKE_TRAINING if name in settings}
     return build(DataConfig, {"holdout": 0, **own, **options})
 
 
 def encode_rows(base: Base, examples: Sequence[Example], head: Head | None, config: DataConfig) -> EncodedSet:
     """The rows' tokens, with their labels if there is a head to give them to. Raises BaseError without a tokenizer."""
+    return encode_labelled(reading(base), examples, head, config, base.context)
+
+
+def reading(base: Base) -> Any:
+    """The base's tokenizer. Raises BaseError where it has none."""
     if base.tokenizer is None:
         raise BaseError(f"read texts with {base.ref}", "it has no tokenizer files")
-    return encode_labelled(base.tokenizer, examples, head, config, base.context)
+    return base.tokenizer
 
 
 def outputs_of(base: Base, rows: Sequence[Encoded], batch_size: int) -> Tensor:

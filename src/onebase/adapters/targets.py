@@ -58,6 +58,11 @@ def split_path(path: str) -> tuple[str, int | None, str]:
     return (match["stack"], int(match["layer"]), match["rest"]) if match else ("", None, path)
 
 
+def first_layer(targets: Sequence[Target]) -> int:
+    """The lowest layer that is adapted; 0 also where something outside the layers is."""
+    return min((split_path(target.path)[1] or 0 for target in targets), default=0)
+
+
 def _ranges(numbers: Iterable[int]) -> str:
     parts: list[list[int]] = []
     for number in sorted(set(numbers)):

@@ -47,6 +47,12 @@ class PreviewConfig:
         assign(self, trainable_tokens=names(self.trainable_tokens))
 
 
+def _one_source(prompt: str, file: str) -> None:
+    """Raise ConfigError where a command was given a text and a file of texts."""
+    if prompt and file:
+        raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """`onebase generate`."""
@@ -59,8 +65,7 @@ class GenerateConfig:
     sampling: Sampling = opt(Sampling, "")
 
     def __post_init__(self) -> None:
-        if self.prompt and self.input:
-            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+        _one_source(self.prompt, self.input)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        if self.prompt and self.input:
-            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+        _one_source(self.prompt, self.input)
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,7 @@ class EmbedConfig:
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         known = not self.output or self.output.endswith((".npy", ".jsonl"))
         require("output", self.output, known, "a file that ends in .npy or .jsonl")
-        if self.prompt and self.input:
-            raise ConfigError("options prompt and input", "contradict each other", hint="give one of them")
+        _one_source(self.prompt, self.input)
 
 
 @dataclass(frozen=True)

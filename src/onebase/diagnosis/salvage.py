@@ -46,9 +46,8 @@ class Salvage:
     refusal: str = ""  # why it does
     misfit: str = ""  # why it does not load onto the base, whatever the fingerprints
     template: str = ""  # the chat template that lies beside the adapter
-    vocabulary: Mapping[str, int] = field(
-        default_factory=dict[str, int]
-    )  # the tokenizer's that lies beside it
+    # Each token's id in the tokenizer that lies beside it.
+    vocabulary: Mapping[str, int] = field(default_factory=dict[str, int])
     lows: Mapping[str, LowRank] = field(
         default_factory=dict[str, LowRank]
     )  # the updates, also where it refuses
@@ -69,8 +68,8 @@ def salvage(folder: str | Path, base: HasModel | None = None) -> Salvage:
     _json(folder / SIDECAR, False, faults)
     infos = _infos(folder, faults)
     fixed = repair(info.name for info in infos)
-    beside: Any = {"template": _template(folder), "vocabulary": _vocabulary(folder)}
-    read = Salvage(folder, raw, infos, tuple(faults), fixed.wrongs, **beside)
+    template, vocabulary = _template(folder), _vocabulary(folder)
+    read = Salvage(folder, raw, infos, tuple(faults), fixed.wrongs, template=template, vocabulary=vocabulary)
     try:
         stored = read_stored(folder, base.model if base is not None else None)
     except OnebaseError as error:

@@ -199,9 +199,8 @@ class NativeStep:
 
     def fill(self, slot: int, updates: Sequence[Factors | None]) -> None:
         """Put an adapter's updates (None: it has none there) of all layers, in their order, into a slot of `use`."""
-        sides = [
-            low and (low.A.contiguous(), low.B.contiguous()) for low in updates
-        ]  # kept while they are read
+        # Kept while they are read.
+        sides = [low and (low.A.contiguous(), low.B.contiguous()) for low in updates]
         rows = (_Update * len(updates))()
         for row, low, pair in zip(rows, updates, sides, strict=True):
             if low is not None and pair is not None:

@@ -86,9 +86,8 @@ class AdapterPool:
         self._refused: dict[str, tuple[Stamp, str]] = {}
         self._hidden: dict[str, Stamp] = {}  # unloaded by name: not found again while the files are the same
         self._memory: dict[tuple[str, int], Pinned] = {}
-        self._fresh: tuple[Registered, Adapter] | None = (
-            None  # loaded last by name: often the next that is used
-        )
+        # Loaded last by name: often the next that is used.
+        self._fresh: tuple[Registered, Adapter] | None = None
         self._versions = self._clock = 0
         self.loads = self.hits = 0
         if folder is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from onebase.adapters.kinds import KINDS, kind_of
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import Target, output_head, split_path
+from onebase.adapters.targets import Target, first_layer, output_head, split_path
 from onebase.models.reading import read_model
 from onebase.ops.cross_entropy import CHUNK
 from onebase.ops.decoder import Layer
@@ -91,7 +91,7 @@ def ranks_by_layer(targets: Sequence[Target]) -> Mapping[int | None, int]:
 def kept_bytes(layers: Sequence[Layer], targets: Sequence[Target], size: int, recompute: bool) -> int:
     """What all layers keep of a token until the backward pass. Below the first that is trained: nothing."""
     ranks = ranks_by_layer(targets)
-    first = min((layer for layer in ranks if layer is not None), default=0)
+    first = first_layer(targets)
     if recompute:
         return size * sum(width(layer) for layer in layers[first:])
     return sum(

@@ -35,9 +35,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) 
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=all(
-            p.device.type in FUSED for p in parameters.values()
-        ),  # one pass over each parameter's state
+        # One pass over each parameter's state.
+        fused=all(p.device.type in FUSED for p in parameters.values()),
     )
 
 

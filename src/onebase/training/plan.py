@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import CoverageRow
+from onebase.adapters.targets import CoverageRow, first_layer
 from onebase.adapters.tokens import token_targets
 from onebase.adapters.variants import sizes
 from onebase.config import TrainConfig
@@ -19,7 +19,7 @@ from onebase.models.base import Base
 from onebase.models.scoring import loss_tokens
 from onebase.training.loop import total_steps
 from onebase.training.memory import IMPORTED, LENGTH, ROW_TOKEN, RUNTIME, TRAINED, WAYS, Batch
-from onebase.training.prepare import Prepared, first_layer
+from onebase.training.prepare import Prepared
 from onebase.training.work import Load, load_of, padded_load
 
 SHARED_AMONG = 8  # of so many batches with the most tokens in their rows is counted what they share
@@ -91,7 +91,7 @@ def _kept(base: Base, config: TrainConfig, ready: Prepared) -> str:
     rows = {tuple(row.ids) for part in (ready.data.train_rows, ready.data.valid_rows) for row in part.rows}
     states = base.model.get_input_embeddings().weight[0].nbytes  # pyright: ignore[reportCallIssue]
     size = sum(map(len, rows)) * states / 1e6
-    return f"; layers 0-{first_layer(ready.coverage) - 1} computed once, {size:,.0f} MB on disk while it runs"
+    return f"; layers 0-{first_layer(ready.coverage.targets) - 1} computed once, {size:,.0f} MB on disk while it runs"
 
 
 def _update_sizes(config: TrainConfig, ready: Prepared, modules: Mapping[str, nn.Module]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from onebase.adapters.adapter import Adapter, Origin
 from onebase.adapters.injection import adapter_for
 from onebase.adapters.layers import base_modules
-from onebase.adapters.targets import Coverage, match, split_path
+from onebase.adapters.targets import Coverage, first_layer, match
 from onebase.adapters.variants import INITS, check_start
 from onebase.config import DataConfig, LoraConfig, OptimConfig, TrainConfig
 from onebase.data.checks import Finding, added_untrained_ids, check, enforce
@@ -228,16 +228,11 @@ def _check_below(way: Way, coverage: Coverage) -> None:
         raise ConfigError(
             "option cache_activations", f"only the engine keeps states; this run is {way.shown}"
         )
-    if first_layer(coverage) == 0:
+    if first_layer(coverage.targets) == 0:
         found = "the adapter begins at the first layer, so nothing lies below it"
         raise ConfigError(
             "option cache_activations", found, hint="put it on the last layers alone: --layers 20-29"
         )
-
-
-def first_layer(coverage: Coverage) -> int:
-    """The lowest layer that is adapted; 0 also where something outside the layers is."""
-    return min((split_path(target.path)[1] or 0 for target in coverage.targets), default=0)
 
 
 def _probe(base: Base, coverage: Coverage, config: TrainConfig, words: Vocabulary) -> Adapter:

@@ -128,14 +128,17 @@ def _check_shard(config: TrainConfig, world: World, base: Base | str | None) -> 
 
 
 def _check_alone(config: TrainConfig, world: World) -> None:
-    reasons = {
-        "task=embed": "each would see a part of the batch, and a pair's loss is that of the whole one",
-        "cache_activations": "the states are kept in one process's file",
-    }
-    asked = {"task=embed": config.data.task == EMBED, "cache_activations": config.optim.cache_activations}
-    for option in (name for name, given in asked.items() if given and world.size > 1):
-        found = f"{world.size} processes: {reasons[option]}"
-        raise ConfigError(f"option {option}", found, hint="train in one process, without torchrun")
+    reasons: dict[str, str] = {}
+    if config.data.task == EMBED:
+        reasons["task=embed"] = (
+            "each would see a part of the batch, and a pair's loss is that of the whole one"
+        )
+    if config.optim.cache_activations:
+        reasons["cache_activations"] = "the states are kept in one process's file"
+    if reasons and world.size > 1:
+        option, reason = next(iter(reasons.items()))
+        hint = "train in one process, without torchrun"
+        raise ConfigError(f"option {option}", f"{world.size} processes: {reason}", hint=hint)
 
 
 def _agreed_base(config: TrainConfig, snapshot: Snapshot | None, world: World) -> Base:
