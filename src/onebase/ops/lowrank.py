@@ -44,7 +44,9 @@ def effective_weight(
     wide = torch.promote_types(weight_oi.dtype, low.A.dtype)
     weight, b, a = (t.to(wide).unflatten(0, (low.blocks, -1)) for t in (weight_oi, low.B, low.A))
     own = weight if in_place and weight.is_contiguous() else None
-    changed = torch.baddbmm(weight, b, a, alpha=low.scale, out=own).flatten(0, 1)  # one pass over W
+    # A scale beyond the dtype is infinite in it, as in a product; as `alpha` torch would refuse it.
+    scale = low.scale if abs(low.scale) <= torch.finfo(wide).max else low.scale * float("inf")
+    changed = torch.baddbmm(weight, b, a, alpha=scale, out=own).flatten(0, 1)  # one pass over W
     if magnitude_o is not None:
         changed = changed * (magnitude_o / changed.detach().norm(dim=1))[:, None]
     return changed.to(weight_oi.dtype)

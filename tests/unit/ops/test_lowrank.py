@@ -1,5 +1,7 @@
 """W + s·B·A: the update's product, its place in the output, and its gradients."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,3 +68,9 @@ def test_kinds_know_shapes_and_orientation():
     torch.testing.assert_close(merged_weight(linear.weight, low), linear.weight + 0.5 * low.B @ low.A)
     merged = merged_weight(embedding.weight, low._replace(kind="embedding"))
     torch.testing.assert_close(merged, embedding.weight + 0.5 * (low.B @ low.A).T)
+
+
+@pytest.mark.parametrize("scale", [1e300, -1e300])
+def test_a_scale_beyond_float32_is_infinite_and_no_crash(scale):
+    found = effective_weight(torch.ones(2, 3), Factors(torch.ones(1, 3), torch.ones(2, 1), scale))
+    assert torch.equal(found, torch.full((2, 3), math.copysign(math.inf, scale)))
