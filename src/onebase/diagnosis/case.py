@@ -122,7 +122,7 @@ class Case:
 
     def _measured(self, path: str, low: LowRank) -> Module:
         largest = float(torch.stack([low.A.abs().max(), low.B.abs().max()]).max())  # NaN where one is
-        finite = math.isfinite(largest) and math.isfinite(low.scale)
+        finite = math.isfinite(largest) and abs(low.scale) <= torch.finfo(torch.float32).max
         found = spectrum(low) if finite else None
         norm = found.norm if found is not None and low.magnitude is None else None
         ratio = None

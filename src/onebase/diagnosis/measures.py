@@ -138,6 +138,8 @@ def intruders(weight: Tensor, low: LowRank) -> tuple[int, int]:
     """
     before = as_rows(weight, low).unflatten(0, (low.blocks, -1))[0].float()
     after = before + change(weight, low).unflatten(0, (low.blocks, -1))[0]
+    if not after.isfinite().all():  # it overflows float32: nothing of W is left
+        return (top := min(INTRUDER_TOP, *after.shape)), top
     old = torch.linalg.svd(before, full_matrices=False).U
     new = torch.linalg.svd(after, full_matrices=False).U[:, :INTRUDER_TOP]
     return int(((old.T @ new).abs().amax(0) < INTRUDER_COSINE).sum()), new.shape[1]
