@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from onebase.training.run import train
+
 PATIENCE = 120  # seconds until a process that does not move fails the test
 
 
@@ -37,6 +39,20 @@ def metrics(run: Path):
     clock = ("seconds", "tokens_per_second")
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in found]
+
+
+def assert_resumed_is_whole(base, folder: Path, **options):
+    """A run that is stopped and resumed writes what one that never stopped writes; `base()` makes it anew each time."""
+    options |= {"max_steps": 6, "save_every": 2, "dropout": 0.1}
+    whole = train(base(), output=str(folder / "whole"), **options)
+    seen = []
+    stopped = train(base(), seen.append, lambda: len(seen) > 5, output=str(folder / "parts"), **options)
+    assert stopped.reason == "interrupted"
+    again = train(base(), output=str(folder / "parts"), resume=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes()
+    assert again.adapter.tensors().keys() == whole.adapter.tensors().keys()
+    assert metrics(folder / "whole") == metrics(folder / "parts")
 
 
 def wait_for(process, run: Path, count: int, patience: int = PATIENCE):

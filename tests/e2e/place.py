@@ -12,3 +12,8 @@ class Place(NamedTuple):
 
 
 TRAINING = ["--dtype", "float32", "--max-steps", "3", "--batch-size", "8", "--rank", "4", "--lr", "0.05"]
+
+
+def learning(task: str, base: str, rows: str, output: object) -> list[str]:
+    """The command that teaches an adapter this task."""
+    return ["train", "--task", task, "--base", base, "--data", rows, "--output", str(output)]

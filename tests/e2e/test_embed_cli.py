@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from place import learning
 
 from onebase.cli.main import main
 from paired import PAIRS
@@ -32,7 +33,7 @@ def place(tmp_path_factory):
         "--dtype",
         "float32",
     ]
-    command = ["train", "--task", "embed", "--base", base, "--data", rows, "--output", str(folder / "run")]
+    command = learning("embed", base, rows, folder / "run")
     assert main([*command, *MAP, *options]) == 0
     return folder
 
@@ -116,17 +117,7 @@ def test_inspect_and_doctor_know_it(place, capsys):
 def test_minilm_pools_as_its_own_files_say_and_merges_into_a_folder_that_does(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", PAIRS)
     options = ["--max-steps", "6", "--batch-size", "8", "--rank", "4", "--lr", "1e-3", "--dtype", "float32"]
-    command = [
-        "train",
-        "--task",
-        "embed",
-        "--base",
-        "minilm",
-        "--data",
-        rows,
-        "--output",
-        str(tmp_path / "run"),
-    ]
+    command = learning("embed", "minilm", rows, tmp_path / "run")
     assert main([*command, *options, "--holdout", "12"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     wanted = {"task": "embed", "pooling": "mean", "normalize": True, "scale": 20.0, "longest": 256}

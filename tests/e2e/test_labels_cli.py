@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from place import learning
 
 from labelled import ROWS
 from onebase.cli.main import main
@@ -20,7 +21,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
     base, rows = str(save_base(folder / "base")), write_rows(folder / "rows.jsonl", SIMPLE)
     options = ["--max-steps", "20", "--batch-size", "8", "--rank", "2", "--lr", "0.01", "--dtype", "float32"]
-    command = ["train", "--task", "classify", "--base", base, "--data", rows, "--output", str(folder / "run")]
+    command = learning("classify", base, rows, folder / "run")
     assert main([*command, *MAP, *options]) == 0
     return folder
 
@@ -95,17 +96,7 @@ def test_minilm_tells_sentences_apart(tmp_path, capsys):
     """The built-in encoder: a few steps suffice for what a word decides."""
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     options = ["--max-steps", "30", "--batch-size", "8", "--rank", "4", "--lr", "2e-3", "--dtype", "float32"]
-    command = [
-        "train",
-        "--task",
-        "classify",
-        "--base",
-        "minilm",
-        "--data",
-        rows,
-        "--output",
-        str(tmp_path / "run"),
-    ]
+    command = learning("classify", "minilm", rows, tmp_path / "run")
     assert main([*command, *options, "--holdout", "16"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["after"]["accuracy"] == 1.0

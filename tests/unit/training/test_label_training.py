@@ -14,7 +14,7 @@ from onebase.models.fingerprint import fingerprint_model
 from onebase.prediction import predict
 from onebase.storage.format import load_adapter, read_adapter
 from onebase.training.run import train
-from runs import metrics
+from runs import assert_resumed_is_whole
 from texts import write_rows
 
 pytestmark = pytest.mark.slow
@@ -63,18 +63,7 @@ def test_numbers_are_learnt(files, tmp_path):
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(files, tmp_path):
-    options = OPTIONS | {"data": files["words"], "max_steps": 6, "save_every": 2, "dropout": 0.1}
-    whole = train(labelled_base(), output=str(tmp_path / "whole"), **options)
-    seen = []
-    stopped = train(
-        labelled_base(), seen.append, lambda: len(seen) > 5, output=str(tmp_path / "parts"), **options
-    )
-    assert stopped.reason == "interrupted"
-    again = train(labelled_base(), output=str(tmp_path / "parts"), resume=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    assert again.adapter.tensors().keys() == whole.adapter.tensors().keys()
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert_resumed_is_whole(labelled_base, tmp_path, **OPTIONS, data=files["words"])
 
 
 def test_the_head_starts_from_the_seed_and_rows_may_stand_in_any_order(files, tmp_path):
