@@ -92,7 +92,7 @@ class Engine:
         """
         read, layouts = self._read, [member.layout for member in members]
         device = read.head.weight.device
-        edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
+        edges = _edges(layouts)
         hidden = self._embedded(layouts) if below is None else below.to(device)
         layers = range(0 if below is None else self.first, len(read.layers))
         hidden = self._through(hidden, members, layers, checkpoint)
@@ -116,7 +116,7 @@ class Engine:
     def _through(self, hidden: Tensor, members: Sequence[Member], layers: range, checkpoint: bool) -> Tensor:
         """The hidden states (T, D) behind these layers."""
         layouts = [member.layout for member in members]
-        edges = [0, *accumulate(len(layout.ids) for layout in layouts)]
+        edges = _edges(layouts)
         rotations = self._read.rotations(torch.cat([layout.positions for layout in layouts]), hidden)
         forests = self._forests(hidden, layouts, edges)
         for number in layers:
@@ -139,6 +139,11 @@ class Engine:
         placed = [(start, layout.nodes) for start, layout in zip(starts, layouts, strict=False)]
         windows = {layer.window for layer in self._read.layers}
         return {window: forest(placed, window, heads, hidden) for window in windows}
+
+
+def _edges(layouts: Sequence[Layout]) -> list[int]:
+    """Where each layout begins in the batch, and the batch's end."""
+    return [0, *accumulate(len(layout.ids) for layout in layouts)]
 
 
 def _filled_up(columns: Tensor) -> Tensor:
