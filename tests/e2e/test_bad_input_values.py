@@ -117,6 +117,7 @@ CONFIGS = {
     "a rank beyond floats": ({"r": 10**400}, "rank"),
     "another rank": ({"r": 3}, "rank 3"),
     "alpha 0": ({"lora_alpha": 0}, "alpha"),
+    "alpha beyond float32": ({"lora_alpha": 1e300}, "is infinite in float32"),
     "a text for a number": ({"lora_alpha": "4"}, "lora_alpha='4'"),
     "a list for a number": ({"r": [2]}, "r=[2]"),
     "a pattern that never ends": ({"rank_pattern": {"(.|.)+[XYZ]": 2}}, "more than"),

@@ -264,6 +264,9 @@ def lowrank_updates(
         kernel = tuple(a.shape[2:])
         blocks = a.shape[0] // rank if place.parameter else 1
         low = LowRank(a, b, scaling(rank, alpha, config.rslora), blocks=max(blocks, 1), kernel=kernel)
+        if abs(low.scale) > torch.finfo(torch.float32).max:
+            problems.append(f"{place.path}: its scale of {low.scale:g} is infinite in float32")
+            continue
         if problem := _shape_problem(low, sides, rank):
             problems.append(f"{place.path}: A {tuple(a.shape)}, B {tuple(b.shape)}{problem}")
             continue
