@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from onebase.cli.main import main
+import os
+
+from onebase.cli.main import load, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun; a plain run need not import torch here
+        load("onebase.training.distributed").leave(code)
+    raise SystemExit(code)

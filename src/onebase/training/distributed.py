@@ -11,12 +11,13 @@ import gc
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -165,6 +166,17 @@ def joined() -> Generator[World]:
         if own:
             dist.destroy_process_group()
             gc.collect()  # groups and meshes stand in cycles; left to the interpreter's end their threads can abort it
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched process whose work is done and on disk, without the interpreter's teardown.
+
+    torch's caches of sharded tensors keep process groups beyond `joined`, and their threads now and then abort
+    a teardown ("terminate called without an active exception"), which torchrun takes for a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def shares(lengths: Sequence[int], count: int) -> list[range]:
