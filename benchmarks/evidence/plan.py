@@ -14,6 +14,7 @@ from onebase.config import OptimConfig
 FULL, LORA = "full", "lora"
 BOTH = (LORA, FULL)
 ALL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FORMER_DEFAULT = 5e-4  # `onebase train`'s rate before these rows
 MOVES = 2  # how often a search goes on beyond its edge
 
 
@@ -279,9 +280,10 @@ def longer(setting: Setting, view: View) -> Wanted:
 
 
 def default_rate(setting: Setting, view: View) -> Wanted:
-    """LoRA at `onebase train`'s own rate, in short runs and in longer ones."""
+    """LoRA at `onebase train`'s own rate and at its former one, in short runs and in longer ones."""
     for kind in ("tune", "long"):
-        yield Job(kind, setting.main_task, LORA, OptimConfig().lr, TUNING_SEED)
+        for rate in (OptimConfig().lr, FORMER_DEFAULT):
+            yield Job(kind, setting.main_task, LORA, rate, TUNING_SEED)
 
 
 def labels(setting: Setting, view: View) -> Wanted:

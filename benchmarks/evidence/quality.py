@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.evidence.lookup import finals_of, label_finals, pair, pair_finals
-from benchmarks.evidence.plan import ALL_RATES, BOTH, FULL, LORA, METHODS, Job, best_rate, tried
+from benchmarks.evidence.plan import (
+    ALL_RATES,
+    BOTH,
+    FORMER_DEFAULT,
+    FULL,
+    LORA,
+    METHODS,
+    Job,
+    best_rate,
+    tried,
+)
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import METRICS, TASKS
@@ -97,23 +107,17 @@ def longer(rows: Rows) -> str:
 
 
 def default_rate(rows: Rows) -> str:
-    """What `onebase train`'s rate gives, beside the best rate that was tried."""
-    task, setting, lines = rows.setting.main_task, rows.setting, []
-    for kind, steps in (("tune", setting.steps), ("long", setting.long_steps)):
-        row, found = (
-            rows.get(Job(kind, task, LORA, OptimConfig().lr, TUNING_SEED)),
-            tried(rows, task, LORA, kind),
-        )
-        cells = ("-", MISSING, MISSING)
-        if row and row["tune"] is not None and found:
-            best = min(found, key=found.__getitem__)
-            cells = (
-                f"{row['tune']:.3f}",
-                f"{found[best]:.3f} at {rate_text(best)}",
-                f"{row['tune'] - found[best]:+.3f}",
-            )
-        lines.append((f"{steps} steps", *cells))
-    return markdown(("", f"at {rate_text(OptimConfig().lr)}", "best rate tried", "difference"), lines)
+    """What `onebase train`'s rate and its former one give, beside the best rate that was tried."""
+    task, rates, lines = rows.setting.main_task, (FORMER_DEFAULT, OptimConfig().lr), []
+    for kind, steps in (("tune", rows.setting.steps), ("long", rows.setting.long_steps)):
+        found = tried(rows, task, LORA, kind)
+        best = min(found, key=found.__getitem__, default=None)
+        ran = [rows.get(Job(kind, task, LORA, rate, TUNING_SEED)) for rate in rates]
+        losses = [row and (math.inf if row["tune"] is None else row["tune"]) for row in ran]
+        cells = [MISSING if loss is None else _tuned(loss, False) for loss in losses]
+        told = f"{found[best]:.3f} at {rate_text(best)}" if best else MISSING
+        lines.append((f"{steps} steps", *cells, told))
+    return markdown(("", *(f"at {rate_text(rate)}" for rate in rates), "best rate tried"), lines)
 
 
 def labels(rows: Rows) -> str:

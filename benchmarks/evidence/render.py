@@ -24,7 +24,7 @@ from benchmarks.evidence.lookup import (
 from benchmarks.evidence.papers import on_test, papers
 from benchmarks.evidence.pictures import PICTURES as DRAWN
 from benchmarks.evidence.pictures import svg
-from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, variants
+from benchmarks.evidence.plan import BOTH, FORMER_DEFAULT, FULL, LORA, METHODS, Job, variants
 from benchmarks.evidence.quality import QUALITY
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import KNOWN
@@ -81,6 +81,7 @@ def facts(rows: Rows) -> dict[str, Any]:
         "swap": rows.get(Job("swap")),
         "known": KNOWN,
         "default_rate": rate_text(OptimConfig().lr),
+        "former_rate": rate_text(FORMER_DEFAULT),
         "classes": rows.get(Job("label-base", setting.label_task)),
         "vectors": rows.get(Job("pair-base", setting.pair_task)),
         "unmoved": [TASKS[name].title for name in setting.tasks if _unmoved(rows, name)],
