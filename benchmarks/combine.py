@@ -100,7 +100,7 @@ def ours(job: Job) -> Numbers:
     folder, method, density = job.folder, job.method, job.density
     pair = [read_adapter(folder / name) for name in ("0", "1")]
     with measured() as found:
-        both = combine(pair, WEIGHTS, recipe_of(method, density))
+        both = combine(pair, WEIGHTS, recipe_of(method, density), allow_base_mismatch=True)
     save_adapter(both, job.result("ours"), overwrite=True)
     return found
 

@@ -27,7 +27,7 @@ def options_for(arch: str, variant: str) -> dict:
 def trained(model, config: LoraConfig, seed: int = 0) -> Adapter:
     """An adapter as training would leave it: every factor away from 0."""
     task = "CAUSAL_LM" if hasattr(model, "lm_head") else ""
-    adapter = new_adapter(model, config, seed, Origin(task=task))
+    adapter = new_adapter(model, config, seed, Origin("base", task=task))
     generator = torch.Generator().manual_seed(seed + 1)
 
     def noise(tensor, size):

@@ -114,7 +114,7 @@ def test_convolutions(case, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 5)).requires_grad_(False)
     config = LoraConfig(rank=2, alpha=3, target_modules=["0", "2"])
-    pair = [stirred(new_adapter(model, config, 0, Origin(task="")), seed) for seed in (1, 2)]
+    pair = [stirred(new_adapter(model, config, 0, Origin("base", task="")), seed) for seed in (1, 2)]
     recipe = replace(CASES[case], rank=min(CASES[case].rank, 3))
     theirs = peft_combines(model, pair, WEIGHTS, recipe, tmp_path)
     for path, low in combine(pair, WEIGHTS, recipe).lowrank.items():

@@ -261,7 +261,8 @@ class Engine:
         if not request.mixture:
             return pins[0] if pins else None
         weights = [weight for _, weight in request.mixture]
-        mixed = combine([pin.adapter for pin in pins], weights, Recipe(method="cat"))
+        adapters = [pin.adapter for pin in pins]  # each was checked against this base as it was loaded
+        mixed = combine(adapters, weights, Recipe(method="cat"), allow_base_mismatch=True)
         name = "+".join(
             f"{pin.name}@{pin.version}*{weight!r}" for pin, weight in zip(pins, weights, strict=True)
         )

@@ -36,7 +36,7 @@ def combine(
     Random draws depend on the seed, the module's path and the adapter's place alone.
 
     Raises ConfigError for options, weights, ranks or prompt formats that do not go together, BaseMismatch where
-    the adapters are for different bases; `allow_base_mismatch` lets other names and fingerprints pass, never
+    the adapters are for different bases, or do not say for which; `allow_base_mismatch` lets that pass, never
     other shapes.
     """
     _check_call(adapters, weights, recipe)
@@ -217,12 +217,14 @@ def _check_plain(adapters: Sequence[Adapter], what: str) -> None:
 
 
 def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> None:
-    """What is recorded must agree; what an adapter does not record can agree with anything."""
+    """The bases must be known to be one; what else is recorded must agree where it is recorded."""
     origins = [adapter.origin for adapter in adapters]
-    if not allow_base_mismatch and any(_differ(a, b) for a, b in combinations(origins, 2)):
+    same = {_same_base(a, b) for a, b in combinations(origins, 2)}
+    if not allow_base_mismatch and same - {True}:
         found = _some([f"{o.base or '(no name)'}, fingerprint {o.fingerprint or 'none'}" for o in origins])
         hint = "--allow-base-mismatch if you know that they are the same"
-        raise BaseMismatch("the adapters are for different bases", found, hint=hint)
+        odd = "the adapters are for different bases" if False in same else "nothing says that the bases are one"
+        raise BaseMismatch(odd, found, hint=hint)
     prompts = [dict(origin.prompt) for origin in origins if origin.prompt]
     if any(prompt != prompts[0] for prompt in prompts):
         hint = "say whose the result is to be used with: --prompt-from FOLDER, or replace origin.prompt"
@@ -242,12 +244,12 @@ def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> No
         raise ConfigError("the adapters' heads have different labels", _some([str(head) for head in heads]))
 
 
-def _differ(a: Origin, b: Origin) -> bool:
-    """Fingerprints decide where both have one, else names where both have one."""
+def _same_base(a: Origin, b: Origin) -> bool | None:
+    """Fingerprints decide where both have one, else names where both have one; None where nothing does."""
     for mine, theirs in ((a.fingerprint, b.fingerprint), (a.base, b.base)):
         if mine and theirs:
-            return mine != theirs
-    return False
+            return mine == theirs
+    return None
 
 
 def _check_parts(parts: Mapping[str, Sequence[Part]], adapters: Sequence[Adapter], recipe: Recipe) -> None:

@@ -18,10 +18,11 @@ from onebase.transforms.arithmetic import combine, compress, deviations, negate,
 from onebase.transforms.combining import METHODS
 
 IN, OUT = 7, 5
+BASE = Origin("base")
 PLAIN = [name for name, row in METHODS.items() if not row.same_rank]
 
 
-def make(ranks, seed=0, scale=0.5, dtype=torch.float64, **facts):
+def make(ranks, seed=0, scale=0.5, dtype=torch.float64, origin=BASE, **facts):
     """An adapter with random updates (OUT, IN) of these ranks: {path: rank}."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,14 +30,14 @@ def make(ranks, seed=0, scale=0.5, dtype=torch.float64, **facts):
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     low = {path: LowRank(noise(rank, IN), noise(OUT, rank), scale) for path, rank in ranks.items()}
-    return Adapter(LoraConfig(rank=1, target_modules=list(ranks)), low, **facts)
+    return Adapter(LoraConfig(rank=1, target_modules=list(ranks)), low, origin=origin, **facts)
 
 
 def of(*matrices):
     """Adapters whose only update is exactly this matrix."""
     wide = [torch.tensor(m, dtype=torch.float64) for m in matrices]
     low = [LowRank(m, torch.eye(m.shape[0], dtype=torch.float64), 1.0) for m in wide]
-    return [Adapter(LoraConfig(target_modules=["x"]), {"x": one}) for one in low]
+    return [Adapter(LoraConfig(target_modules=["x"]), {"x": one}, origin=BASE) for one in low]
 
 
 def dense(adapter, path="x"):
@@ -241,9 +242,23 @@ def test_other_bases_are_refused_unless_allowed(case):
     assert allowed.origin.fingerprint in ("", "f1")
 
 
-def test_an_adapter_that_says_nothing_of_its_base_goes_with_any():
-    pair = [make({"x": 2}, origin=origin) for origin in (Origin(), Origin("a", "f1"))]
-    assert combine(pair, [0.5, 0.5], Recipe()).origin.fingerprint == "f1"
+UNKNOWN = {
+    "one says nothing": (Origin(), Origin("a", "f1")),
+    "none says anything": (Origin(), Origin()),
+    "a name and a fingerprint": (Origin("a"), Origin("", "f1")),
+    "one of three": (Origin("a", "f1"), Origin("a", "f1"), Origin()),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_bases_that_nothing_says_are_the_same_are_refused_unless_allowed(case):
+    adapters = [make({"x": 2}, origin=origin) for origin in UNKNOWN[case]]
+    weights = [1 / len(adapters)] * len(adapters)
+    with pytest.raises(BaseMismatch, match="nothing says that the bases are one"):
+        combine(adapters, weights, Recipe())
+    allowed = combine(adapters, weights, Recipe(), allow_base_mismatch=True)
+    assert allowed.origin.fingerprint == max(origin.fingerprint for origin in UNKNOWN[case])
+    assert combine(adapters[:1], [1.0], Recipe()).origin.base == UNKNOWN[case][0].base
 
 
 def test_other_shapes_kinds_and_full_modules_are_refused():
@@ -263,7 +278,7 @@ def test_other_shapes_kinds_and_full_modules_are_refused():
         combine(heads, [0.5, 0.5], Recipe())
 
 
-PROMPTS = [Origin(prompt={"chat": True}), Origin(prompt={"chat": False})]
+PROMPTS = [replace(BASE, prompt={"chat": chat}) for chat in (True, False)]
 NAN = replace(make({"x": 2}), lowrank={"x": LowRank(torch.full((2, IN), math.nan), torch.ones(OUT, 2), 1.0)})
 REFUSED = {
     "no adapters": (lambda: combine([], [], Recipe()), "no adapters"),
@@ -291,7 +306,9 @@ REFUSED = {
         "(?s)prompt formats.*True.*False.*prompt-from",
     ),
     "tasks differ": (
-        lambda: combine([make({"x": 2}, origin=Origin(task=t)) for t in ("A", "B")], [1.0, 1.0], Recipe()),
+        lambda: combine(
+            [make({"x": 2}, origin=Origin("base", task=t)) for t in ("A", "B")], [1.0, 1.0], Recipe()
+        ),
         "different tasks: A, B",
     ),
     "full weights off 1": (lambda: combine([with_head(1, 1.0)], [0.5], Recipe()), "(?s)head.*0.5.*sum to 1"),

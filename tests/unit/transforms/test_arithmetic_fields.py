@@ -27,9 +27,8 @@ def make(seed=0, rank=2, blocks=1, **fields):
     draw = torch.Generator().manual_seed(seed)
     a = torch.randn(blocks * rank, 7, generator=draw, dtype=torch.float64)
     b = torch.randn(blocks * 5, rank, generator=draw, dtype=torch.float64)
-    return Adapter(
-        LoraConfig(rank=rank, target_modules=["x"]), {"x": LowRank(a, b, 0.5, blocks=blocks, **fields)}
-    )
+    low = {"x": LowRank(a, b, 0.5, blocks=blocks, **fields)}
+    return Adapter(LoraConfig(rank=rank, target_modules=["x"]), low, origin=Origin("base"))
 
 
 def only(adapter):
@@ -120,9 +119,8 @@ def test_dora_is_refused_with_the_way_out(call):
 
 
 def with_rows(seed, value, ids=(3, 8), **facts):
-    return replace(
-        make(seed), tokens={"embed": TokenRows(ids, torch.full((len(ids), 4), value))}, origin=Origin(**facts)
-    )
+    rows = {"embed": TokenRows(ids, torch.full((len(ids), 4), value))}
+    return replace(make(seed), tokens=rows, origin=Origin("base", **facts))
 
 
 def test_token_rows_are_averaged_or_refused():
@@ -157,7 +155,7 @@ def test_the_result_survives_its_file(tmp_path):
     conv = LowRank(noise(2, 18), noise(4, 2), 1.0, "conv", kernel=(3, 3), bias=noise(4))
     plain = LowRank(noise(2, 6), noise(4, 2), 1.0, bias=noise(4))
     config = LoraConfig(rank=2, alpha=2, target_modules=["c", "l"], lora_bias=True)
-    one = Adapter(config, {"c": conv, "l": plain})
+    one = Adapter(config, {"c": conv, "l": plain}, origin=Origin("base"))
     both = combine([one, one], [0.5, 0.25], Recipe("svd", rank=2))
     assert read_adapter(save_adapter(both, tmp_path / "both")) == both
 
