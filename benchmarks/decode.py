@@ -31,8 +31,9 @@ from benchmarks.serving import (
     with_peft,
 )
 from benchmarks.workload import load_rows, prompt_length
+from onebase.files import cache_home
 from onebase.models.base import Base, load_base
-from onebase.models.builtin import BUILTINS, cache_home, fetch_builtin
+from onebase.models.builtin import BUILTINS, fetch_builtin
 from onebase.serve.proof import choose_product
 from onebase.serve.runner import Row, Runner
 

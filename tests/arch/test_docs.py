@@ -1,6 +1,7 @@
-"""What the guides import is there under that name."""
+"""What the guides, benchmarks and examples import from the package is there under that name."""
 
-import importlib
+import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,18 +10,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 IMPORT = re.compile(r"^\s*from (onebase[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = [path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def imported(guide):
-    found = IMPORT.findall(guide.read_text(encoding="utf-8"))
-    return [(module, name.strip()) for module, names in found for name in names.split(",")]
+def imported(file):
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        return [(module, name.strip()) for module, names in IMPORT.findall(text) for name in names.split(",")]
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if (node.module or "").split(".")[0] == "onebase"]
+    return [(node.module, alias.name) for node in ours for alias in node.names]
 
 
-@pytest.mark.parametrize("guide", [one for one in GUIDES if imported(one)], ids=lambda guide: guide.name)
-def test_what_a_guide_imports_is_there(guide):
-    for module, name in imported(guide):
-        assert hasattr(importlib.import_module(module), name), f"{guide.name}: {module} has no {name}"
+USERS = [file for file in GUIDES + PROGRAMS if imported(file)]
 
 
-def test_the_guides_import_something():
-    assert {module for guide in GUIDES for module, _ in imported(guide)}
+@pytest.mark.parametrize("file", USERS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_is_imported_is_there(file):
+    for module, name in imported(file):
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module} has no {name}"
+
+
+def test_guides_and_programs_import_something():
+    assert {file.suffix for file in USERS} == {".md", ".py"}
