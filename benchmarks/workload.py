@@ -115,8 +115,8 @@ class Work:
     base: Base | None = None  # where it is ours
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with PEFT scripts' settings, the same for all."""
-        return torch.optim.AdamW(self.parameters.values(), lr=LR, weight_decay=0.0)
+        """AdamW with PEFT scripts' settings, fused as transformers' Trainer and onebase take it, the same for all."""
+        return torch.optim.AdamW(self.parameters.values(), lr=LR, weight_decay=0.0, fused=True)
 
 
 def our_work(base: Base, adapter: str | Path, share: bool, checkpoint: bool = False) -> Work:

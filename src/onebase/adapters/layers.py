@@ -77,7 +77,7 @@ class Slot(nn.Module):
 
     def low(self) -> LowRank:
         """The update, attached to autograd."""
-        low = self._fixed._replace(**dict(self.named_parameters(recurse=False)))
+        low = self._fixed._replace(**self._parameters)
         if not len(self.start):
             return low
         a, b = self.start

@@ -7,7 +7,7 @@ what rows share at their beginning is computed once. Several adapters may share 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onebase.adapters.injection import eval_mode, trainable, use
-from onebase.adapters.layers import LoraLayer
+from onebase.adapters.layers import Slot
 from onebase.data.trie import Layout, Node, filled, filled_length
 from onebase.models.reading import ReadLayer, Unsupported, read_model
 from onebase.ops.adapted import Dropout
 from onebase.ops.cross_entropy import frozen_cross_entropy
 from onebase.ops.decoder import Call, Groups, Part, Updates, decoder_layer
-from onebase.ops.lowrank import Factors
 from onebase.ops.norms import normed
 from onebase.ops.prefix import Forest, forest
 
@@ -30,6 +29,9 @@ TOLERANCE = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 1e-3)}
 NARROW_TOLERANCE = (3e-2, 3e-1)
 # The probe's rows: two that share their first tokens, and one that shares nothing.
 SHARED, BRANCHES, ALONE = 6, (3, 4), 5
+
+
+Slots = Groups[tuple[Slot | None, ...]]  # an adapter's, in one layer
 
 
 class Member(NamedTuple):
@@ -48,6 +50,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, *names: str) -> None:
         self._read, self._names = read_model(model, names), names
+        self._slots = {name: [_slots(layer, name) for layer in self._read.layers] for name in names}
 
     @property
     def first(self) -> int:
@@ -75,9 +78,7 @@ class Engine:
 
         Adapters drop out as `adapter_dropout` says. The rows are filled up to one of few lengths (`trie.filled`).
         """
-        groups = (layer.places for layer in self._read.layers)
-        places = [[place for group in layer for place in group if place is not None] for layer in groups]
-        return Member(name, filled(layout), tuple(_dropout(here, name) for here in places))
+        return Member(name, filled(layout), tuple(map(_dropout, self._read.layers, self._slots[name])))
 
     def joint_loss(
         self, members: Sequence[Member], checkpoint: bool = False, below: Tensor | None = None
@@ -122,7 +123,7 @@ class Engine:
         for number in layers:
             layer = self._read.layers[number]
             parts = [
-                Part(*edge, _updates(layer, member.name), member.dropouts[number])
+                Part(*edge, _updates(self._slots[member.name][number]), member.dropouts[number])
                 for edge, member in zip(pairwise(edges), members, strict=True)
             ]
             rotation = rotations[layer.rotary_type] if layer.rotates else None
@@ -151,20 +152,18 @@ def _filled_up(columns: Tensor) -> Tensor:
     return torch.cat([columns, columns[-1:].expand(filled_length(len(columns)) - len(columns))])
 
 
-def _updates(layer: ReadLayer, name: str) -> Updates:
-    return Groups(*(tuple(_factors(place, name) for place in group) for group in layer.places))
+def _slots(layer: ReadLayer, name: str) -> Slots:
+    return Groups(*(tuple(place and place.slot(name) for place in group) for group in layer.places))
 
 
-def _factors(place: LoraLayer | None, name: str) -> Factors | None:
-    slot = place and place.slot(name)
-    return slot.low().factors if slot else None
+def _updates(slots: Slots) -> Updates:
+    return Groups(*(tuple(slot and slot.low().factors for slot in group) for group in slots))
 
 
-def _dropout(places: Sequence[LoraLayer], name: str) -> Dropout | None:
+def _dropout(layer: ReadLayer, slots: Slots) -> Dropout | None:
     """An adapter's dropout, the same at all its places, with a seed from torch's random state."""
-    for place in places:
-        slot = place.slot(name)
-        if slot and slot.dropout and place.training:
+    for place, slot in zip(chain(*layer.places), chain(*slots), strict=True):
+        if place and slot and slot.dropout and place.training:
             return Dropout(slot.dropout, int(torch.randint(2**62, ())))
     return None
 

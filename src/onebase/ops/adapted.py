@@ -111,8 +111,8 @@ def _native_add_updates(x: Tensor, outputs: Sequence[Tensor], own: Share[Factors
     spec = None if own.dropout else _native_spec(x, own.adapted(outputs), own.present)
     if spec is None:
         return NotImplemented
-    h = torch.empty(len(x), sum(_ranks(own.present)))
-    kernels.call("update", x, spec, len(spec), kernels.rows(x), x.shape[1], h.data_ptr(), len(x))
+    h = torch.empty(x.shape[0], sum(_ranks(own.present)))
+    kernels.call("update", x, spec, len(spec), kernels.rows(x), x.shape[1], h.data_ptr(), x.shape[0])
     return h
 
 
@@ -167,7 +167,9 @@ def _native_update_gradients(
         return NotImplemented
     dh = torch.empty_like(h)
     pointers = (x.shape[1], h.data_ptr(), dh.data_ptr())
-    kernels.call("update_backward", x, spec, len(spec), kernels.rows(x), kernels.rows(dx), *pointers, len(x))
+    kernels.call(
+        "update_backward", x, spec, len(spec), kernels.rows(x), kernels.rows(dx), *pointers, x.shape[0]
+    )
     return found
 
 

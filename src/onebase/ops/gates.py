@@ -43,7 +43,7 @@ def _native_gated(x: Halves, activation: str) -> Tensor:
     if activation not in kernels.GATES or not kernels.by_row(*x):
         return NotImplemented
     z = torch.empty(x.gate.shape, dtype=x.gate.dtype)
-    sizes = (z.shape[-1], kernels.GATES[activation], len(z))
+    sizes = (z.shape[-1], kernels.GATES[activation], z.shape[0])
     kernels.call("gate", z, *map(kernels.rows, (z, *x)), *sizes)
     return z
 
@@ -51,7 +51,7 @@ def _native_gated(x: Halves, activation: str) -> Tensor:
 def _native_gated_backward(dz: Tensor, x: Halves, activation: str, out: Halves) -> Any:
     if activation not in kernels.GATES or not kernels.by_row(dz, *x, *out):
         return NotImplemented
-    sizes = (dz.shape[-1], kernels.GATES[activation], len(dz))
+    sizes = (dz.shape[-1], kernels.GATES[activation], dz.shape[0])
     kernels.call("gate_backward", dz, *map(kernels.rows, (*out, dz, *x)), *sizes)
     return None
 

@@ -146,7 +146,14 @@ def rows(x: Tensor | None) -> Rows:
 
 def by_row(*tensors: Tensor | None) -> bool:
     """Whether each is of two dimensions or more, with rows that lie anywhere and are each in one piece."""
-    return all(x is None or (x.ndim > 1 and _in_one_piece(x.shape[1:], x.stride()[1:])) for x in tensors)
+    return all(x is None or _by_row(x) for x in tensors)
+
+
+def _by_row(x: Tensor) -> bool:
+    strides = x.stride()
+    if len(strides) == 2:  # nearly always, and this is asked thousands of times a step
+        return strides[1] == 1 or x.shape[1] == 1
+    return len(strides) > 2 and _in_one_piece(x.shape[1:], strides[1:])
 
 
 def _in_one_piece(shape: Sequence[int], strides: Sequence[int]) -> bool:

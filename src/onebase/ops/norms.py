@@ -36,7 +36,7 @@ def _native_norm(x: Tensor, spec: Norm) -> Tensor:
     if made is None or not kernels.by_row(x):
         return NotImplemented
     y = torch.empty(x.shape, dtype=x.dtype)
-    kernels.call("norm", x, kernels.rows(y), kernels.rows(x), made, len(x))
+    kernels.call("norm", x, kernels.rows(y), kernels.rows(x), made, x.shape[0])
     return y
 
 
@@ -45,7 +45,7 @@ def _native_norm_backward(dy: Tensor, x: Tensor, spec: Norm, more: Tensor | None
     if made is None or not kernels.by_row(dy, x, more) or dy.dtype != x.dtype:
         return NotImplemented
     dx = torch.empty(x.shape, dtype=x.dtype)
-    kernels.call("norm_backward", x, *map(kernels.rows, (dx, dy, x, more)), made, len(x))
+    kernels.call("norm_backward", x, *map(kernels.rows, (dx, dy, x, more)), made, x.shape[0])
     return dx
 
 

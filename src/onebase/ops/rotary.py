@@ -33,7 +33,7 @@ def _native_rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = (t.data_ptr() for t in rotation[:2])
     pairs, heads = rotation.cos.shape[-1], prod(x.shape[1:-1])
     spec = kernels.Rotation(cos, sin, pairs, heads, x.shape[-1], rotation.interleaved)
-    kernels.call("rotate", x, kernels.rows(x), spec, len(x))
+    kernels.call("rotate", x, kernels.rows(x), spec, x.shape[0])
     return x
 
 

@@ -223,7 +223,9 @@ def _check_origins(adapters: Sequence[Adapter], allow_base_mismatch: bool) -> No
     if not allow_base_mismatch and same - {True}:
         found = _some([f"{o.base or '(no name)'}, fingerprint {o.fingerprint or 'none'}" for o in origins])
         hint = "--allow-base-mismatch if you know that they are the same"
-        odd = "the adapters are for different bases" if False in same else "nothing says that the bases are one"
+        odd = (
+            "the adapters are for different bases" if False in same else "nothing says that the bases are one"
+        )
         raise BaseMismatch(odd, found, hint=hint)
     prompts = [dict(origin.prompt) for origin in origins if origin.prompt]
     if any(prompt != prompts[0] for prompt in prompts):
