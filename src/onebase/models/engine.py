@@ -7,7 +7,7 @@ what rows share at their beginning is computed once. Several adapters may share 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -162,9 +162,10 @@ def _updates(slots: Slots) -> Updates:
 
 def _dropout(layer: ReadLayer, slots: Slots) -> Dropout | None:
     """An adapter's dropout, the same at all its places, with a seed from torch's random state."""
-    for place, slot in zip(chain(*layer.places), chain(*slots), strict=True):
-        if place and slot and slot.dropout and place.training:
-            return Dropout(slot.dropout, int(torch.randint(2**62, ())))
+    for places, group in zip(layer.places, slots, strict=True):
+        for place, slot in zip(places, group, strict=True):
+            if place and slot and slot.dropout and place.training:
+                return Dropout(slot.dropout, int(torch.randint(2**62, ())))
     return None
 
 
