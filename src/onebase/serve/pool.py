@@ -294,7 +294,8 @@ class AdapterPool:
             self._versions += 1
             version = self._versions
         tensors = adapter.tensors().values()
-        sizes = (len(adapter.lowrank), adapter.parameters, sum(tensor.nbytes for tensor in tensors))
+        numbers, size = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+        sizes = (len(adapter.lowrank), numbers, size)
         made = Registered(name, folder, version, stamp, found, adapter.config, adapter.origin, *sizes)
         return made, adapter
 

@@ -27,6 +27,7 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
     ".lora_magnitude_vector.weight": ("magnitude", False),  # never written; some PEFT releases did
 }
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_LARGEST = torch.finfo(torch.float32).max  # of scales
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
 _TRAINED_BIAS = ".bias"  # bias="lora_only" or "all": a module's own bias as training left it
 # With bias="all" the biases of a module trained in full come again, by their names inside PEFT's wrapper.
@@ -264,7 +265,7 @@ def lowrank_updates(
         kernel = tuple(a.shape[2:])
         blocks = a.shape[0] // rank if place.parameter else 1
         low = LowRank(a, b, scaling(rank, alpha, config.rslora), blocks=max(blocks, 1), kernel=kernel)
-        if abs(low.scale) > torch.finfo(torch.float32).max:
+        if abs(low.scale) > _LARGEST:
             problems.append(f"{place.path}: its scale of {low.scale:g} is infinite in float32")
             continue
         if problem := _shape_problem(low, sides, rank):
