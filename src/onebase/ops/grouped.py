@@ -28,7 +28,7 @@ class Place(NamedTuple):
     """The factors of every slot for some layers with one input.
 
     A (slots, layers · rank, in): the layers' rows end to end. B: for each layer (slots, rank, out), the update's scale
-    in it. Where an adapter has a smaller rank, or no update, there are zeros.
+    in it. Where an adapter has a smaller rank, or no update, there are zeros; in slots never filled, anything.
     """
 
     A: Tensor
@@ -41,9 +41,9 @@ class Place(NamedTuple):
 
 
 def new_place(slots: int, rank: int, features: int, outs: Sequence[int], device: torch.device) -> Place:
-    """Empty slots (float32) for updates up to this rank."""
-    a = torch.zeros(slots, rank * len(outs), features, device=device)
-    return Place(a, tuple(torch.zeros(slots, rank, out, device=device) for out in outs))
+    """Slots (float32) to be filled with updates up to this rank; until then they take no memory."""
+    a = torch.empty(slots, rank * len(outs), features, device=device)
+    return Place(a, tuple(torch.empty(slots, rank, out, device=device) for out in outs))
 
 
 def fill(place: Place, slot: int, updates: Sequence[Factors | None]) -> None:

@@ -75,7 +75,6 @@ class Engine:
         self._words = remembering(base.tokenizer)
         self._cancelled: list[str] = []
         self._counts = Counter[str]()
-        self._done = Counter[str]()
         self._rows = len(base.model.get_input_embeddings().weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
         total, kv = self.limits.kv_and_adapter_bytes, self._kv_bytes
         if total and kv >= total:
@@ -108,7 +107,7 @@ class Engine:
             self._counts["prompt"],
             self._counts["reused"],
             self._counts["new"],
-            dict(self._done),
+            {"": self._counts["plain"]} | self.pool.served(),
             self.pool.loads,
             self.pool.hits,
         )
@@ -322,7 +321,8 @@ class Engine:
         del self._all[request.id]
         if not self._all:
             self._pace.rested()
-        self._done.update([name for name, _ in request.mixture] or [request.adapter or ""])
+        self._counts["plain"] += not sequence.wanted
+        self.pool.count(one.name for one in sequence.wanted)
 
 
 def _result(name: str, events: Sequence[Event]) -> Result:

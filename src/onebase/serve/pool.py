@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +86,9 @@ class AdapterPool:
         )  # held while the base's modules are read, or changed by an injection
         self._known: dict[str, Registered] = {}
         self._refused: dict[str, tuple[Stamp, str]] = {}
-        self._hidden: dict[str, Stamp] = {}  # unloaded by name: not found again while the files are the same
+        # Unloaded by name though they lie in the folder: not found again while the files are the same.
+        self._hidden: dict[str, Stamp] = {}
+        self._served = Counter[str]()  # of the names that are known
         self._memory: dict[tuple[str, int], Pinned] = {}
         # Loaded last by name: often the next that is used.
         self._fresh: tuple[Registered, Adapter] | None = None
@@ -159,8 +163,9 @@ class AdapterPool:
         """Forget a name. Requests that use the adapter, or wait for it, go on. Raises UnknownAdapter."""
         with self._lock:
             one = self.find(name)
-            del self._known[name]
-            self._hidden[name] = one.stamp
+            self._forget(name)
+            if self._folder is not None and (one.found or _stamp(self._folder / name) == one.stamp):
+                self._hidden[name] = one.stamp
             self._drop_stale()
 
     def refresh(self) -> None:
@@ -188,10 +193,11 @@ class AdapterPool:
                 with self._lock:
                     self._register(made)
         with self._lock:
-            for name in [*self._known, *self._refused]:
-                if name not in places:
-                    self._known.pop(name, None)
+            for name in {*known, *refused, *hidden} - places.keys():
+                if self._known.get(name) is known.get(name):  # else it was loaded meanwhile
+                    self._forget(name)
                     self._refused.pop(name, None)
+                    self._hidden.pop(name, None)
             self._drop_stale()
 
     def acquire(self, wanted: Registered) -> Pinned:
@@ -241,6 +247,16 @@ class AdapterPool:
             pinned.users -= 1
             self._drop_stale()
 
+    def count(self, names: Iterable[str]) -> None:
+        """A request of these adapters is over."""
+        with self._lock:
+            self._served.update(name for name in names if name in self._known)
+
+    def served(self) -> dict[str, int]:
+        """How many requests of each adapter that can be asked for are over, since its name came."""
+        with self._lock:
+            return dict(self._served)
+
     def _make_room(self, one: Registered) -> None:
         if self.budget and one.bytes > self.budget:
             found = f"it takes {one.bytes} bytes, adapters may take {self.budget}"
@@ -251,13 +267,16 @@ class AdapterPool:
     def shrink(self, most: int) -> bool:
         """Let adapters without users go, least recently used first, until the others take `most` bytes; if they do."""
         with self._lock:
-            idle = sorted((p for p in self._memory.values() if not p.users), key=lambda p: p.used)
             if self.bytes > most:
                 self._fresh = None
-            while idle and self.bytes > most:
-                gone = idle.pop(0)
+            over = self.bytes - most
+            idle = [one for one in self._memory.values() if not one.users] if over > 0 else []
+            for gone in sorted(idle, key=lambda one: one.used):
+                if over <= 0:
+                    break
                 del self._memory[gone.name, gone.version]
-            return self.bytes <= most
+                over -= gone.bytes
+            return over <= 0
 
     def _register(self, made: Registered) -> None:
         self._refused.pop(made.name, None)
@@ -270,15 +289,21 @@ class AdapterPool:
             f"{self._folder}{os.sep}", ""
         )  # clients read it: where the folder lies is not theirs
         with self._lock:
-            self._known.pop(name, None)
+            self._forget(name)
             self._refused[name] = stamp, reason
             self._drop_stale()
 
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        self._served.pop(name, None)
+
     def _drop_stale(self) -> None:
         """Free the versions that nobody uses and nobody can ask for."""
-        current = {(one.name, one.version) for one in self._known.values()}
-        for key in [key for key, one in self._memory.items() if not one.users and key not in current]:
-            del self._memory[key]
+        idle = [one for one in self._memory.values() if not one.users]
+        for one in idle:
+            known = self._known.get(one.name)
+            if known is None or known.version != one.version:
+                del self._memory[one.name, one.version]
         if self._fresh and self._known.get(self._fresh[0].name) is not self._fresh[0]:
             self._fresh = None
 
@@ -294,7 +319,8 @@ class AdapterPool:
             self._versions += 1
             version = self._versions
         tensors = adapter.tensors().values()
-        sizes = (len(adapter.lowrank), adapter.parameters, sum(tensor.nbytes for tensor in tensors))
+        numbers, size = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+        sizes = (len(adapter.lowrank), numbers, size)
         made = Registered(name, folder, version, stamp, found, adapter.config, adapter.origin, *sizes)
         return made, adapter
 

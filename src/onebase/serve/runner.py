@@ -71,6 +71,7 @@ class Runner:
         head = self._read.head
         self._head = plain_product([Linear(head.weight, head.bias)])
         self._paths = _paths(model, self._read)
+        self._linears = {path for layer in self._paths for group in layer for path in group}
         spec = self._read.layers[0].frozen.attention
         shape = Shape(len(self._layers), slots, spec.kv_heads, context, spec.width)
         dtype = torch.float32 if hold else head.weight.dtype
@@ -81,10 +82,11 @@ class Runner:
         self._ranks = [0] * slots  # of the adapters
         self._filled: list[Callable[[], Adapter | None]] = [lambda: None] * slots
         self._factors: list[Groups[Place]] = []
+        self._bytes_per_rank = _bytes_per_rank(self._read, slots)
 
     def problem(self, adapter: Adapter) -> str:
         """Why the runner cannot compute this adapter, in a few words; empty where it can."""
-        known = {path for layer in self._paths for group in layer for path in group}
+        known = self._linears
         odd = [path for path, low in adapter.lowrank.items() if path not in known or low.kind != "linear"]
         shaped = [
             path for path, low in adapter.lowrank.items() if low.magnitude is not None or low.bias is not None
@@ -133,13 +135,6 @@ class Runner:
     def factor_bytes_with(self, adapter: Adapter) -> int:
         """Of the slots' factors once this adapter is among them."""
         return self._rank_with(adapter) * self._bytes_per_rank
-
-    @property
-    def _bytes_per_rank(self) -> int:
-        linears = [
-            linear for layer in self._layers for group in layer.read.frozen.linears for linear in group
-        ]
-        return self.cache.shape.slots * sum(sum(one.weight.shape) for one in linears) * torch.float32.itemsize
 
     def _new_places(self, layer: _Layer, rank: int) -> Groups[Place]:
         slots, device = self.cache.shape.slots, self.cache.k.device
@@ -281,6 +276,12 @@ class Runner:
 
 def _sizes(group: Sequence[Linear]) -> list[int]:
     return [layer.weight.shape[0] for layer in group]
+
+
+def _bytes_per_rank(read: ReadModel, slots: int) -> int:
+    """Of the slots' factors."""
+    linears = [one for layer in read.layers for group in layer.frozen.linears for one in group]
+    return slots * sum(sum(one.weight.shape) for one in linears) * torch.float32.itemsize
 
 
 def _rank(adapter: Adapter) -> int:

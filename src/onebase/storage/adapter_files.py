@@ -33,16 +33,17 @@ class Files(NamedTuple):
 def read_files(folder: str | Path, outline: Mapping[str, Tensor] | None = None) -> Files:
     """The files of a folder that onebase or PEFT wrote, each for itself. Nothing is unpickled.
 
-    An `outline` has a tensor of the right shape for each of the file's, whose own values are then not read.
+    An `outline` is what the caller has read of the tensor file's header, a tensor of the right shape for each: the
+    file is then checked to be whole, and its values are not read.
     Raises MissingFile, or FormatError where a file is broken, or a tensor's dtype not exact in float32.
     """
     folder = Path(folder)
     raw = _read_config(folder)
     tensors, metadata = _read_tensors(folder, outline)
-    odd_types = [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in tensors.items() if not widens(t)]
-    if odd_types:
+    own = tensors if outline is None else {}
+    if odd_types := [f"{n}: dtype {t.dtype}, not exact in float32" for n, t in own.items() if not widens(t)]:
         raise broken(folder, odd_types)
-    problems = _tensor_problems(tensors) if outline is None else []
+    problems = _tensor_problems(own)
     return Files(folder, raw, tensors, metadata, read_sidecar(folder, metadata), problems)
 
 
@@ -97,8 +98,10 @@ def _read_tensors(
         raise FormatError(f"read {path}", found, hint="save the adapter as safetensors with its maker")
     try:
         with safe_open(str(path), "pt") as file:
-            take = file.get_tensor if outline is None else outline.__getitem__
-            return {key: take(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+            if outline is not None:
+                return {name: outline[name] for name in sorted(outline)}, metadata
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         # Only a file that is no safetensors is called a pickle: a header of 640 bytes starts like one.
         with path.open("rb") as file:

@@ -27,6 +27,7 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
     ".lora_magnitude_vector.weight": ("magnitude", False),  # never written; some PEFT releases did
 }
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_LARGEST = torch.finfo(torch.float32).max  # of scales
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
 _TRAINED_BIAS = ".bias"  # bias="lora_only" or "all": a module's own bias as training left it
 # With bias="all" the biases of a module trained in full come again, by their names inside PEFT's wrapper.
@@ -263,17 +264,18 @@ def lowrank_updates(
             continue
         kernel = tuple(a.shape[2:])
         blocks = a.shape[0] // rank if place.parameter else 1
-        low = LowRank(a, b, scaling(rank, alpha, config.rslora), blocks=max(blocks, 1), kernel=kernel)
-        if abs(low.scale) > torch.finfo(torch.float32).max:
+        plain = "embedding" if "embedding" in sides else "parameter" if place.parameter else matrix
+        scale, kind = scaling(rank, alpha, config.rslora), "conv" if kernel else plain
+        low = LowRank(a, b, scale, kind, max(blocks, 1), kernel)
+        if abs(low.scale) > _LARGEST:
             problems.append(f"{place.path}: its scale of {low.scale:g} is infinite in float32")
             continue
         if problem := _shape_problem(low, sides, rank):
             problems.append(f"{place.path}: A {tuple(a.shape)}, B {tuple(b.shape)}{problem}")
             continue
-        kind = "embedding" if "embedding" in sides else "parameter" if place.parameter else matrix
         if stored.endswith(_OUTPUT):
             low = low._replace(B=low.B * 2)
-        lowrank[place.path] = _our_layout(low._replace(kind="conv" if kernel else kind), sides)
+        lowrank[place.path] = _our_layout(low, sides)
     if config.lora_bias and lowrank and all(low.bias is None for low in lowrank.values()):
         problems.append("the config says lora_bias, and no update has one")
     return lowrank, problems

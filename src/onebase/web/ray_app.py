@@ -24,7 +24,7 @@ from onebase.models.base import load_base
 from onebase.options import opt, require
 from onebase.serve.request import Limits
 from onebase.web.http import create_app
-from onebase.web.server import open_service
+from onebase.web.server import open_service, settle
 from onebase.web.settings import Settings
 
 WARM = 64  # adapters of a replica that Ray remembers; how many are in memory, the engine decides
@@ -84,6 +84,7 @@ class Replica:
         base = load_base(config.base, config.dtype)
         self._service = open_service(base, config.adapters or None, config.limits, settings)
         self._app: Any = create_app(self._service)
+        settle()
         self._looking: asyncio.Task[None] | None = None
 
     async def has(self, adapter: str) -> str:

@@ -23,6 +23,8 @@ def some(rank, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_row_gets_its_own_slots_update(dtype):
     place = new_place(SLOTS, 4, FEATURES, OUTS, torch.device("cpu"))
+    for tensor in (place.A, *place.B):
+        tensor.fill_(torch.nan)  # a slot holds anything before it is filled
     lows = {slot: some(1 + slot % 4, slot + 1) for slot in range(SLOTS)}
     lows[2][0] = None  # an adapter without an update of the first layer
     for slot in reversed(range(SLOTS)):

@@ -14,7 +14,9 @@ from onebase.errors import ConfigError
 from onebase.models.base import wrap_base
 from onebase.models.reading import Unsupported
 from onebase.ops.adapted import Linear
+from onebase.ops.grouped import new_place
 from onebase.serve import native
+from onebase.serve import runner as serving
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.proof import choose_product, runner_problem
@@ -65,6 +67,31 @@ def test_a_rows_logits_have_the_same_bits_in_any_company():
         logits = runner.forward([Row(slot, tokens, start) for slot in range(7)])
         for slot in range(7):
             assert torch.equal(logits[slot], alone[slot % 3][step][0])
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("hold", [None, as_is])
+def test_what_slots_hold_before_they_are_filled_is_in_no_answer(hold, monkeypatch):
+    model = decoder("qwen3")
+    adapter = trained(model, LoraConfig(rank=4, alpha=8, target_modules=["q_proj"]), seed=2)
+
+    def logits():
+        runner = Runner(model, 4, 8, hold)
+        for slot in (1, 3):
+            runner.put(slot, adapter)
+        rows = [Row(slot, [5, 9], 0) for slot in range(4)]
+        return [runner.forward(rows), runner.forward([Row(slot, [13], 2) for slot in range(4)])]
+
+    def anything(*given):
+        place = new_place(*given)
+        for tensor in (place.A, *place.B):
+            tensor.fill_(torch.nan)
+        return place
+
+    wanted = logits()
+    monkeypatch.setattr(serving, "new_place", anything)
+    for ours, theirs in zip(logits(), wanted, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @needs_a_compiler

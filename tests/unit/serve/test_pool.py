@@ -1,6 +1,7 @@
 """The pool: what is found, refused, kept and let go; and requests that outlive their adapter's files."""
 
 import shutil
+from collections.abc import Sized
 
 import pytest
 import torch
@@ -241,3 +242,85 @@ def test_the_slots_factors_grow_and_shrink_with_the_ranks(base, tmp_path):
         sizes.append(engine.stats().adapter_bytes - engine.pool.bytes)
     assert sizes[0] == sizes[2] == sizes[1] / 4
     assert torch.is_grad_enabled()
+
+
+def sizes(thing, seen=None):
+    """How many things each container holds that an object reaches through onebase's own attributes."""
+    seen = {} if seen is None else seen
+    if type(thing).__module__.startswith("onebase.") and not isinstance(thing, tuple):
+        for name, value in vars(thing).items():
+            if isinstance(value, Sized) and not isinstance(value, (str, torch.Tensor)):
+                seen[f"{type(thing).__name__}.{name}"] = len(value)
+            sizes(value, seen)
+    return seen
+
+
+def test_names_that_come_and_go_leave_nothing_behind(base, tmp_path):
+    adapter_folder(tmp_path, base, 1)
+    engine = make_engine(base, tmp_path)
+    pool = engine.pool
+
+    def one_comes_and_goes(number, kept=False):
+        name = f"n{number}"
+        pool.load(name, "a0")
+        asked = [Request(f"plain{number}", PROMPT, name, max_tokens=1)]
+        asked.append(Request(f"mixed{number}", PROMPT, mixture=((name, 1.0), ("a0", 0.5)), max_tokens=1))
+        engine.generate(asked)
+        assert engine.stats().requests[name] == 2
+        if kept:  # its folder goes after its name
+            shutil.copytree(tmp_path / "a0", tmp_path / f"f{number}")
+            pool.refresh()
+            pool.unload(f"f{number}")
+            pool.refresh()
+            assert f"f{number}" not in pool.names()
+            shutil.rmtree(tmp_path / f"f{number}")
+            pool.refresh()
+        pool.unload(name)
+
+    one_comes_and_goes(0, kept=True)
+    before = sizes(engine)
+    assert {"AdapterPool._known", "AdapterPool._hidden", "AdapterPool._served"} <= before.keys()
+    for number in range(1, 200):
+        one_comes_and_goes(number, kept=number % 20 == 0)
+    assert sizes(engine) == before
+    assert engine.stats().requests == {"": 0, "a0": 200}
+
+
+def test_an_unloaded_name_of_the_folder_stays_hidden_until_its_folder_changes_or_goes(base, tmp_path):
+    adapter_folder(tmp_path, base, 2)
+    pool = AdapterPool(base, tmp_path)
+    for name in ("a0", "a1"):
+        pool.unload(name)
+    pool.refresh()
+    pool.refresh()
+    assert pool.names() == []
+    save_adapter(load_adapter(tmp_path / "a1", base), tmp_path / "a0", overwrite=True)
+    pool.refresh()
+    assert pool.names() == ["a0"]
+    pool.load("a1", "a1")  # by name, and it lies in the folder under the same
+    pool.unload("a1")
+    pool.refresh()
+    assert pool.names() == ["a0"]
+    (tmp_path / "a1").rename(tmp_path / ".aside")
+    pool.refresh()
+    (tmp_path / ".aside").rename(tmp_path / "a1")
+    pool.refresh()
+    assert pool.names() == ["a0", "a1"]
+
+
+def test_what_is_loaded_while_the_folder_is_looked_at_stays(base, tmp_path, monkeypatch):
+    adapter_folder(tmp_path, base, 3)
+    pool = AdapterPool(base, tmp_path)
+    save_adapter(load_adapter(tmp_path / "a1", base), tmp_path / "a0", overwrite=True)
+    shutil.rmtree(tmp_path / "a2")
+    prove = pool._prove
+
+    def meanwhile(*given, **more):
+        monkeypatch.setattr(pool, "_prove", prove)
+        pool.load("late", "a1")
+        pool.load("a2", "a1", replace=True)
+        return prove(*given, **more)
+
+    monkeypatch.setattr(pool, "_prove", meanwhile)
+    pool.refresh()
+    assert pool.names() == ["a0", "a1", "a2", "late"]

@@ -183,3 +183,64 @@ def test_where_each_came_from_is_its_own(base, tmp_path):
         sidecar = json.loads((folder / SIDECAR).read_text())
         (folder / SIDECAR).write_text(json.dumps(sidecar | {"training": {"steps": number}}))
         assert reader.read(folder).origin.training == {"steps": number}
+
+
+def changed_header(folder, change):
+    """The same file with another header."""
+    data = (folder / TENSORS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(change(json.loads(data[8:end]))).encode()
+    (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def first_with(**fields):
+    """The header with other facts of its first tensor; None leaves one out."""
+
+    def change(header):
+        name = next(name for name in header if name != "__metadata__")
+        entry = {key: value for key, value in (header[name] | fields).items() if value is not None}
+        return header | {name: entry}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: [*header],
+        lambda header: header | {"more": []},
+        lambda header: header | {"more": "text"},
+        first_with(shape=None),
+        first_with(shape="8"),
+        first_with(shape=[4.0, 32]),
+        first_with(shape=[-1, 32]),
+        first_with(shape=[2**62, 2**62]),
+        first_with(shape=[32, 4]),
+        first_with(shape=[4, 32, 1]),
+        first_with(dtype=None),
+        first_with(dtype="F17"),
+        first_with(dtype="I32"),
+        first_with(data_offsets=None),
+        first_with(data_offsets=5),
+        first_with(data_offsets=[0, 1]),
+        first_with(data_offsets=["0", "512"]),
+    ],
+)
+def test_a_header_that_is_none_gives_the_error_of_a_full_reading(change, base, tmp_path):
+    folder = three(base, tmp_path)[0]
+    changed_header(folder, change)
+    with pytest.raises(OnebaseError) as full:
+        load_adapter(folder, base)
+    with pytest.raises(type(full.value)) as ours:
+        AdapterReader(base).read(folder)
+    assert str(ours.value) == str(full.value)
+
+
+def test_tensors_need_not_stand_in_the_order_of_the_header(base, tmp_path):
+    folder = three(base, tmp_path)[0]
+    wanted = load_adapter(folder, base).tensors()
+    wanted = {name: tensor.clone() for name, tensor in wanted.items()}
+    changed_header(folder, lambda header: dict(reversed(header.items())))
+    made = AdapterReader(base).read(folder).tensors()
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())

@@ -1,6 +1,7 @@
 """Who may ask, how much, and what becomes of an answer that nobody waits for."""
 
 import contextlib
+import gc
 import socket
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 
 from onebase.errors import ConfigError
 from onebase.serve.request import Limits
-from onebase.web.server import bound, open_service
+from onebase.web.server import Server, bound, open_service, serve
 from onebase.web.settings import Settings, is_loopback
 from web import WAIT, events_of, running
 
@@ -204,3 +205,18 @@ def test_a_port_that_is_taken_and_a_name_that_is_none_are_said(site):
 def test_loading_without_a_folder_is_refused_at_the_start(talkers):
     with pytest.raises(ConfigError, match="no adapters folder"):
         open_service(talkers[0], None, Limits(context=32), Settings(allow_runtime_loading=True))
+
+
+def test_a_server_takes_what_is_there_at_its_start_out_of_the_collectors_sight(
+    talkers, tmp_path, monkeypatch
+):
+    frozen = []
+    monkeypatch.setattr(Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
+    with bound(Settings(port=0)) as listener:
+        service = open_service(talkers[0], tmp_path, Limits(slots=1, context=16), Settings(port=0))
+        try:
+            serve(service, listener)
+        finally:
+            gc.unfreeze()
+            service.worker.shutdown()
+    assert frozen[0] > 100_000
