@@ -32,6 +32,7 @@ from onebase.models.base import load_base
 from onebase.serve.engine import Engine
 from onebase.serve.pool import AdapterPool
 from onebase.serve.request import Limits, Request, Result
+from onebase.web.server import settle
 
 FOLDERS, REGISTERED, FEW, REQUESTS = 32, 1000, 5, 200
 IN_MEMORY = 48  # adapters for which the budget has room
@@ -55,6 +56,7 @@ def one_side(given: argparse.Namespace, over: int) -> dict[str, float]:
     registered, seconds = peak_resident() - before, time.perf_counter() - start
     engine = Engine(base, pool, Limits(slots=SLOTS, context=longest, queue=REQUESTS))
     pool.budget = IN_MEMORY * pool.find("n0").bytes
+    settle()  # as `onebase serve` does
     step = REGISTERED // REQUESTS if over == REGISTERED else 1
     names = [f"n{number * step % over}" for number in range(REQUESTS)]
     own = [asked[number % SLOTS] for number in range(REQUESTS)]

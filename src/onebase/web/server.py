@@ -77,6 +77,7 @@ def serve(service: Service, listener: socket.socket) -> None:
         logger.warning("adapter %r is refused: %s", name, reason)
     if service.engine.slow:
         logger.warning("through the model's own forward, more slowly: %s", service.engine.slow)
+    listener.listen()  # whoever reads the line below may connect, and waits until uvicorn answers
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logger.info("serving %s and %d adapters at http://%s:%d", service.name, len(service.names()), shown, port)
