@@ -367,9 +367,7 @@ def _finish(
             count = _through_stop(tokenizer, piece.ids, ends.stops)
         ids += piece.ids
         loss += [piece.loss] * count + [False] * (len(piece.ids) - count)
-    last = next(
-        (token for token, carries in zip(reversed(ids), reversed(loss), strict=True) if carries), None
-    )
+    last = next(itertools.compress(reversed(ids), reversed(loss)), None)
     if ends.appended is not None and plan.finished and last not in {*ends.stops, ends.appended}:
         return [*ids, ends.appended], [*loss, True]
     return ids, loss
