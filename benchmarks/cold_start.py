@@ -4,8 +4,9 @@ Wall time of fresh processes in turn, from the moment before they are started. B
 encode all rows, make an adapter of the same shape and take the first step on the same batch. onebase also does what its
 users get by default: it checks the rows, proves the engine on the model and hashes the base. Its step ends when it has
 written the step's line to metrics.jsonl; the script tells the time itself. One run of each goes before, so that the
-disk's cache is warm and onebase remembers the base's fingerprint, as on any run of a base but the first. `peft_kept` is
-the script under an allocator that keeps its pages.
+disk's cache is warm and onebase remembers the base's fingerprint, as on any run of a base but the first; and so that
+Python has kept the bytecode of onebase's modules, as pip does for packages, whatever PYTHONDONTWRITEBYTECODE says.
+`peft_kept` is the script under an allocator that keeps its pages.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ OURS, PEER = "ours", "peft"
 TARGET = {PEER: 0.5}
 # What workload.keep_pages sets, as glibc takes it from outside a process.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 def started(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, str]:
     """(time before the start, what it printed) of a command that ended well."""
     start = time.time()
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        command, capture_output=True, text=True, check=False, env={**os.environ, **COMPILED, **environment}
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -177,7 +177,7 @@ def encode(
         pieces = plan.pieces or _pieces(tokenizer, plan.stages, stages)
         start = [] if plan.chat else [Piece(lead, False)]
         ids, loss = _finish(tokenizer, [*start, *pieces], plan, ends)
-        carries = [config.loss_on == "all" or carried for carried in loss]
+        carries = [True] * len(loss) if config.loss_on == "all" else loss
         rows.append(Encoded(example.row, ids, [False, *carries[1:]][: len(ids)]))
     unmarked = [e.row for e, plan in zip(examples, plans, strict=True) if not plan.marked]
     told = tuple(unmarked) if config.loss_on == "completion" else ()
@@ -366,8 +366,8 @@ def _finish(
         if plan.chat and piece.loss:
             count = _through_stop(tokenizer, piece.ids, ends.stops)
         ids += piece.ids
-        loss += [piece.loss and index < count for index in range(len(piece.ids))]
-    last = next((token for token, carries in zip(ids[::-1], loss[::-1], strict=True) if carries), None)
+        loss += [piece.loss] * count + [False] * (len(piece.ids) - count)
+    last = next(itertools.compress(reversed(ids), reversed(loss)), None)
     if ends.appended is not None and plan.finished and last not in {*ends.stops, ends.appended}:
         return [*ids, ends.appended], [*loss, True]
     return ids, loss

@@ -46,9 +46,9 @@ def fingerprint_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return combined(tensor_digests(named))
 
 
-def tensor_digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Name -> `dtype [shape] hex` of each tensor, so that a difference can be named."""
-    return _map_digests(_memory_digest, named)
+def tensor_digests(named: Iterable[tuple[str, Tensor]], threads: int | None = None) -> dict[str, str]:
+    """Name -> `dtype [shape] hex` of each tensor, so that a difference can be named; on all cores, or so many."""
+    return _map_digests(_memory_digest, named, threads)
 
 
 def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
@@ -70,8 +70,10 @@ def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> 
     return digest
 
 
-def _map_digests(digest: Callable[[Any], tuple[str, str]], items: Iterable[Any]) -> dict[str, str]:
-    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter's lock
+def _map_digests(
+    digest: Callable[[Any], tuple[str, str]], items: Iterable[Any], threads: int | None = None
+) -> dict[str, str]:
+    with ThreadPoolExecutor(threads) as pool:  # hashlib releases the interpreter's lock
         return dict(pool.map(digest, items))
 
 

@@ -107,7 +107,7 @@ def open_skeleton(folder: str | Path, paths: Iterable[str] = ()) -> Skeleton:
         ) as error:  # transformers reports a bad configuration in many ways
             raise BaseError(f"cannot merge into {folder}", str(error).strip()) from error
     loose: Any = type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False})
-    sources = sources_of(model, tensors)
+    sources = sources_of(model, tensors, folder / "config.json")
     return Skeleton(
         folder=folder,
         model=model,

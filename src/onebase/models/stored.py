@@ -8,13 +8,16 @@ apart again.
 from __future__ import annotations
 
 import copy
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -22,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from onebase.models.fingerprint import remembered
 from onebase.storage.shards import TensorInfo
 from onebase.transforms.merge import Fusion
 
@@ -33,8 +37,26 @@ class Sources(NamedTuple):
     fusions: tuple[Fusion, ...]
 
 
-def sources_of(model: Any, tensors: Sequence[TensorInfo]) -> Sources:
-    """Sort the stored tensors by what transformers makes of them for this model (it may be on the meta device)."""
+def sources_of(model: Any, tensors: Sequence[TensorInfo], config: Path) -> Sources:
+    """Sort the stored tensors by what transformers makes of them for this model (it may be on the meta device).
+
+    Where each parameter is one stored tensor, that is remembered for these files and the model's configuration:
+    transformers compiles the rules of all its models to tell one's, which is most of the time that planning takes.
+    """
+    if USER_REGISTERED_MAPPINGS:  # rules of this process alone
+        return _sort(model, tensors)
+    made: list[Sources] = []
+
+    def told() -> str:
+        made.append(_sort(model, tensors))
+        return json.dumps(None if made[0].fusions else made[0].plain)
+
+    kind = f"sources, transformers {transformers.__version__}, {type(model).__name__}"
+    plain = json.loads(remembered(kind, [config, *sorted({info.file for info in tensors})], told))
+    return Sources(plain, ()) if plain is not None else (made or [_sort(model, tensors)])[0]
+
+
+def _sort(model: Any, tensors: Sequence[TensorInfo]) -> Sources:
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]

@@ -260,13 +260,14 @@ class Hashed(NamedTuple):
 def hash_ahead(model: nn.Module) -> Future[Hashed]:
     """The digests of a whole base, computed in threads beside what comes next: hashing needs no interpreter's lock.
 
-    Which tensors are hashed is settled at once, so what is put onto the model meanwhile does not count.
+    Which tensors are hashed is settled at once, so what is put onto the model meanwhile does not count. One of torch's
+    threads is left to what comes next, which would otherwise share its core with several that hash.
     """
-    named = list(base_tensors(model))
+    named, threads = list(base_tensors(model)), max(1, torch.get_num_threads() - 1)
 
     def hashed() -> Hashed:
         started = time.perf_counter()
-        return Hashed(tensor_digests(named), time.perf_counter() - started)
+        return Hashed(tensor_digests(named, threads), time.perf_counter() - started)
 
     pool = ThreadPoolExecutor(1)
     try:

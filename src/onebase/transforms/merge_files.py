@@ -265,7 +265,8 @@ def _in_threads(work: Callable[[_Piece], None], pieces: Generator[_Piece]) -> No
         with turn:
             return next(pieces, None)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    # OpenMP and MKL keep the number of threads for each thread: what `_one_thread` said was for its own.
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         others = [pool.submit(run) for _ in range(THREADS - 1)]
         run()
         for other in others:

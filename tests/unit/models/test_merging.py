@@ -1,6 +1,7 @@
 """Merging file to file: what transformers loads equals base and adapter, and files are whole or absent."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from adapters import trained
 from merges import CASES, EMBEDDINGS, SPECS, assert_same_outputs, load, same, save, tensors
@@ -20,6 +22,7 @@ from onebase.adapters.injection import injected
 from onebase.adapters.kinds import merged_weight
 from onebase.config import LoraConfig
 from onebase.errors import BaseError, BaseMismatch, OutputError, OutputExists
+from onebase.models import stored
 from onebase.models.fingerprint import fingerprint_files
 from onebase.models.merging import check_merge, open_skeleton, plan_merge
 from onebase.storage.format import save_adapter
@@ -63,6 +66,30 @@ def test_changing_one_of_two_tied_weights_unties_them(arch, tmp_path):
     plain = merge_files(plan_merge(folder, trained(model, LoraConfig(rank=2))), tmp_path / "plain")
     tied = load(plain)
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("arch", "remembers"), [("llama", True), ("mixtral", False)])
+def test_which_tensor_each_parameter_is_loaded_from_is_asked_once(arch, remembers, tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def rules(model):
+        asked.append(type(model).__name__)
+        return get_model_conversion_mapping(model)
+
+    monkeypatch.setenv("ONEBASE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stored, "get_model_conversion_mapping", rules)
+    folder = save(tiny(arch), tmp_path / "base")
+    for file in folder.iterdir():
+        os.utime(file, (1e9, 1e9))  # a file that was just written is not remembered
+    first, second = open_skeleton(folder), open_skeleton(folder)
+    assert len(asked) == (1 if remembers else 2)
+    assert (first.stored, len(first.fusions)) == (second.stored, len(second.fusions))
+    os.utime(folder / "config.json", (1e9, 1e9 + 1))
+    assert open_skeleton(folder).stored == first.stored
+    assert len(asked) == (2 if remembers else 3)
+    monkeypatch.setattr(stored, "USER_REGISTERED_MAPPINGS", {"anything"})
+    open_skeleton(folder)
+    assert len(asked) == (3 if remembers else 4)
 
 
 def test_names_that_transformers_translates(tmp_path):

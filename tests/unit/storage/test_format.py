@@ -271,6 +271,8 @@ def test_nan_is_refused_with_the_tensor_named(folder: Path, value: float):
     edit_tensors(folder, B=b)
     with pytest.raises(FormatError, match=r"q_proj\.lora_B\.weight: holds NaN or infinity"):
         read_adapter(folder)
+    edit_tensors(folder, B=torch.full((32, 2), 3e38))  # finite, and its sum is not
+    read_adapter(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float64])
