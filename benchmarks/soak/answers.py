@@ -113,7 +113,7 @@ def random_adapter(base: Base, number: int, rank: int = 0) -> Adapter:
 
 def mixed(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The weighted sum, as a request's `mixture` asks for it."""
-    return combine(adapters, weights, Recipe(method="cat"))
+    return combine(adapters, weights, Recipe(method="cat"), allow_base_mismatch=True)
 
 
 def truths(base: Base, adapter: Adapter | None, count: int) -> list[Truth]:
