@@ -42,6 +42,7 @@ def run(options: dict[str, Any]) -> int:
     )
     _require_extra()
     server = importlib.import_module("onebase.web.server")
+    server.one_heap()
     adapters = Path(config.adapters).expanduser() if config.adapters else None
     with server.bound(settings) as listener:  # before the base: a port that is taken shows at once
         base = load_base(config.base, config.dtype)

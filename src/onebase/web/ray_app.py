@@ -24,7 +24,7 @@ from onebase.models.base import load_base
 from onebase.options import opt, require
 from onebase.serve.request import Limits
 from onebase.web.http import create_app
-from onebase.web.server import open_service, settle
+from onebase.web.server import one_heap, open_service, settle
 from onebase.web.settings import Settings
 
 WARM = 64  # adapters of a replica that Ray remembers; how many are in memory, the engine decides
@@ -81,6 +81,7 @@ class Replica:
     def __init__(self, config: RayConfig) -> None:
         # Loading at run time stays off: it would reach one replica of several. What appears in the folder reaches all.
         settings = Settings(api_key=config.api_key)
+        one_heap()
         base = load_base(config.base, config.dtype)
         self._service = open_service(base, config.adapters or None, config.limits, settings)
         self._app: Any = create_app(self._service)
