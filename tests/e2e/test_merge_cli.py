@@ -63,6 +63,16 @@ def test_shards_without_the_comparison(pair, tmp_path, capsys):
     assert "largest difference" not in shown
 
 
+def test_a_merge_that_overflows_its_dtype_is_an_error(tmp_path, capsys):
+    base, model = save_base(tmp_path / "base"), text_model()
+    adapter = trained(model, LoraConfig(rank=2, alpha=2e6))  # W + ΔW is beyond float16, not beyond float32
+    origin = Origin(base=str(base), fingerprint=fingerprint_files(base))
+    folder = save_adapter(Adapter(adapter.config, adapter.lowrank, {}, origin), tmp_path / "adapter")
+    assert run("--adapter", folder, "--output", tmp_path / "wide") == 0
+    assert run("--adapter", folder, "--output", tmp_path / "narrow", "--dtype", "float16") == 2
+    assert "not finite numbers" in capsys.readouterr().err
+
+
 def test_refusals(pair, tmp_path, capsys):
     base, adapter = pair
     (tmp_path / "empty.txt").write_text("\n")

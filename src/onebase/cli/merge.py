@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from onebase.cli.configs import MergeConfig
 from onebase.cli.console import console, table
 from onebase.cli.using import base_name, read_prompts, require_given
 from onebase.config import build
+from onebase.errors import OnebaseError
 from onebase.models.base import locate_base
 from onebase.models.merging import MergeCheck, check_merge, open_pair, plan_for
 from onebase.training.report import size
@@ -31,6 +33,10 @@ def run(options: dict[str, Any]) -> int:
     if config.check:
         check = check_merge(base.folder, adapter, output, prompts)
         console.print(table("merged model against base and adapter", _compared(check)))
+        if not math.isfinite(check.difference):
+            found = "its answers, or those of base and adapter, are not finite numbers"
+            hint = f"onebase doctor {config.adapter}, and --dtype float32 if the output is float16"
+            raise OnebaseError(f"the merged model {output} is of no use", found, hint=hint)
     return 0
 
 

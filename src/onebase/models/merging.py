@@ -170,7 +170,7 @@ def check_merge(
     choices = torch.cat([(g.argmax(-1) == w.argmax(-1)).float() for g, w in zip(got, wanted, strict=True)])
     return MergeCheck(
         tokens=len(choices),
-        largest=max(float(w.abs().max()) for w in wanted),
+        largest=_largest(wanted),
         difference=_largest_difference(got, wanted),
         rounding=_largest_difference(got, exact),
         same_choice=float(choices.mean()),
@@ -229,7 +229,7 @@ def _outputs_with(
 
 def _logit_check(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> LogitCheck:
     choices = torch.cat([(g.argmax(-1) == w.argmax(-1)).float() for g, w in zip(got, wanted, strict=True)])
-    largest = max(float(w.abs().max()) for w in wanted)
+    largest = _largest(wanted)
     return LogitCheck(len(choices), largest, _largest_difference(got, wanted), float(choices.mean()))
 
 
@@ -274,4 +274,9 @@ def _outputs(base: Base, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _largest_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
+    return _largest([a - b for a, b in zip(some, others, strict=True)])
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute value of all; NaN where one is (Python's max would lose it)."""
+    return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
