@@ -16,6 +16,7 @@ from onebase.adapters.kinds import Site, find_site
 from onebase.adapters.layers import base_modules
 from onebase.diagnosis.measures import Effect, Spectrum, change, spectrum
 from onebase.diagnosis.salvage import Salvage
+from onebase.ops.lowrank import finite_scale
 
 Severity = Literal["error", "warning", "fine", "skipped"]
 
@@ -122,7 +123,7 @@ class Case:
 
     def _measured(self, path: str, low: LowRank) -> Module:
         largest = float(torch.stack([low.A.abs().max(), low.B.abs().max()]).max())  # NaN where one is
-        finite = math.isfinite(largest) and abs(low.scale) <= torch.finfo(torch.float32).max
+        finite = math.isfinite(largest) and finite_scale(low.scale)
         found = spectrum(low) if finite else None
         norm = found.norm if found is not None and low.magnitude is None else None
         ratio = None

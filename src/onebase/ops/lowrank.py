@@ -22,6 +22,11 @@ class Factors(NamedTuple):
     blocks: int = 1
 
 
+def finite_scale(scale: float, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a scale is a finite number of this dtype."""
+    return abs(scale) <= torch.finfo(dtype).max
+
+
 def update(low: Factors) -> Tensor:
     """s·B·A in full, (g·o, i); each of the g blocks of rows is the product of its own factors."""
     if low.blocks == 1:
@@ -45,7 +50,7 @@ def effective_weight(
     weight, b, a = (t.to(wide).unflatten(0, (low.blocks, -1)) for t in (weight_oi, low.B, low.A))
     own = weight if in_place and weight.is_contiguous() else None
     # A scale beyond the dtype is infinite in it, as in a product; as `alpha` torch would refuse it.
-    scale = low.scale if abs(low.scale) <= torch.finfo(wide).max else low.scale * float("inf")
+    scale = low.scale if finite_scale(low.scale, wide) else low.scale * float("inf")
     changed = torch.baddbmm(weight, b, a, alpha=scale, out=own).flatten(0, 1)  # one pass over W
     if magnitude_o is not None:
         changed = changed * (magnitude_o / changed.detach().norm(dim=1))[:, None]

@@ -135,8 +135,7 @@ class Stats:
     prompt_tokens: int = 0
     reused_tokens: int = 0  # prompt tokens whose keys and values were there already
     new_tokens: int = 0
-    requests: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # over, by adapter that can be asked for ("": the base)
+    # Over, by adapter that can be asked for ("": the base).
+    requests: dict[str, int] = field(default_factory=dict[str, int])
     adapter_loads: int = 0
     adapter_hits: int = 0  # an adapter was in memory when a request needed it

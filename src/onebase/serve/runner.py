@@ -71,7 +71,7 @@ class Runner:
         head = self._read.head
         self._head = plain_product([Linear(head.weight, head.bias)])
         self._paths = _paths(model, self._read)
-        self._linears = {path for layer in self._paths for group in layer for path in group}
+        self._linears = frozenset(path for layer in self._paths for group in layer for path in group)
         spec = self._read.layers[0].frozen.attention
         shape = Shape(len(self._layers), slots, spec.kv_heads, context, spec.width)
         dtype = torch.float32 if hold else head.weight.dtype
@@ -86,8 +86,7 @@ class Runner:
 
     def problem(self, adapter: Adapter) -> str:
         """Why the runner cannot compute this adapter, in a few words; empty where it can."""
-        known = self._linears
-        odd = [path for path, low in adapter.lowrank.items() if path not in known or low.kind != "linear"]
+        odd = [p for p, low in adapter.lowrank.items() if p not in self._linears or low.kind != "linear"]
         shaped = [
             path for path, low in adapter.lowrank.items() if low.magnitude is not None or low.bias is not None
         ]

@@ -14,6 +14,7 @@ from onebase.adapters.kinds import is_parameter
 from onebase.adapters.targets import name_matches, pattern_reader, spec_matches
 from onebase.adapters.variants import scaling
 from onebase.config import LoraConfig
+from onebase.ops.lowrank import finite_scale
 from onebase.storage.peft_config import TargetSpec
 from onebase.storage.peft_tokens import PREFIX
 
@@ -27,7 +28,6 @@ _SIDES: dict[str, tuple[str, bool]] = {  # end of a PEFT tensor name -> (field, 
     ".lora_magnitude_vector.weight": ("magnitude", False),  # never written; some PEFT releases did
 }
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_LARGEST = torch.finfo(torch.float32).max  # of scales
 _BASE_COPY = ".base_layer.weight"  # PEFT stores an adapted embedding's own weight beside its update
 _TRAINED_BIAS = ".bias"  # bias="lora_only" or "all": a module's own bias as training left it
 # With bias="all" the biases of a module trained in full come again, by their names inside PEFT's wrapper.
@@ -267,7 +267,7 @@ def lowrank_updates(
         plain = "embedding" if "embedding" in sides else "parameter" if place.parameter else matrix
         scale, kind = scaling(rank, alpha, config.rslora), "conv" if kernel else plain
         low = LowRank(a, b, scale, kind, max(blocks, 1), kernel)
-        if abs(low.scale) > _LARGEST:
+        if not finite_scale(low.scale):
             problems.append(f"{place.path}: its scale of {low.scale:g} is infinite in float32")
             continue
         if problem := _shape_problem(low, sides, rank):
