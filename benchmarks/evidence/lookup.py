@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.plan import BOTH, LORA, QUANTISED, Job, best_rate
+from benchmarks.evidence.plan import BOTH, LONG, LORA, QUANTISED, SHORT, Job, Leg, best_rate, legs
 from benchmarks.evidence.rows import Rows
 
 Found = Mapping[str, Any]
 
 
-def final_rows(rows: Rows, task: str, method: str, rate: float | None) -> list[Found]:
-    """A method's finished reported runs, by seed."""
-    jobs = [Job("final", task, method, rate or 0.0, seed) for seed in rows.setting.seeds]
-    return [found for job in jobs if (found := rows.get(job)) is not None]
+def final_rows(rows: Rows, task: str, method: str, leg: Leg = SHORT) -> list[Found | None]:
+    """A method's reported runs by seed, None for one that was not run."""
+    rate = best_rate(rows, task, method, leg) or 0.0
+    return [rows.get(Job(leg.final, task, method, rate, seed)) for seed in rows.setting.seeds]
 
 
-def finals_of(rows: Rows, task: str, method: str) -> list[Found]:
-    return final_rows(rows, task, method, best_rate(rows, task, method))
+def finals_of(rows: Rows, task: str, method: str, leg: Leg = SHORT) -> list[Found]:
+    """A method's finished reported runs."""
+    return [found for found in final_rows(rows, task, method, leg) if found is not None]
 
 
-def label_finals(rows: Rows, method: str) -> list[Found]:
-    """A method's finished reported runs on the classes, by seed."""
-    task = rows.setting.label_task
-    rate = best_rate(rows, task, method, "label-tune") or 0.0
-    jobs = [Job("label-final", task, method, rate, seed) for seed in rows.setting.seeds]
-    return [found for job in jobs if (found := rows.get(job)) is not None]
+def common_leg(rows: Rows, methods: Iterable[str]) -> tuple[Leg, int] | None:
+    """The longest runs, with their steps, that all these methods have of the main task with every seed."""
+    task, names = rows.setting.main_task, list(methods)
+    for leg, steps in reversed(legs(rows.setting)):
+        if all(all(final_rows(rows, task, method, leg)) for method in names):
+            return leg, steps
+    return None
 
 
-def pair_finals(rows: Rows, method: str) -> list[Found]:
-    """A method's finished reported runs on the vectors, by seed."""
-    task = rows.setting.pair_task
-    rate = best_rate(rows, task, method, "pair-tune") or 0.0
-    jobs = [Job("pair-final", task, method, rate, seed) for seed in rows.setting.seeds]
-    return [found for job in jobs if (found := rows.get(job)) is not None]
+def main_losses(rows: Rows, method: str, leg: Leg) -> list[float]:
+    """The main task's held-out loss of each reported run."""
+    return [
+        found["test"][rows.setting.main_task]
+        for found in finals_of(rows, rows.setting.main_task, method, leg)
+    ]
 
 
 def step_runs(rows: Rows, side: str, dtype: str) -> list[Found]:
@@ -57,12 +59,8 @@ class Pair(NamedTuple):
         return [a - b for a, b in zip(self.lora, self.full, strict=True)]
 
 
-def pair(rows: Rows, task: str, figure: Callable[[Found], float]) -> Pair:
-    rates = [best_rate(rows, task, method) or 0.0 for method in BOTH]
-    both = [
-        [rows.get(Job("final", task, method, rate, seed)) for method, rate in zip(BOTH, rates, strict=True)]
-        for seed in rows.setting.seeds
-    ]
+def pair(rows: Rows, task: str, figure: Callable[[Found], float], leg: Leg = SHORT) -> Pair:
+    both = zip(*(final_rows(rows, task, method, leg) for method in BOTH), strict=True)
     whole = [(a, b) for a, b in both if a is not None and b is not None]
     return Pair([figure(a) for a, _ in whole], [figure(b) for _, b in whole])
 
@@ -82,7 +80,7 @@ def rounded_runs(rows: Rows) -> list[Rounded]:
     rate = best_rate(rows, task, LORA) or 0.0
     for method in QUANTISED:
         both = [
-            [rows.get(Job("final", task, name, rate, seed)) for name in (method, LORA)]
+            [rows.get(Job(SHORT.final, task, name, rate, seed)) for name in (method, LORA)]
             for seed in rows.setting.seeds
         ]
         found = [one for one, _ in both if one is not None]
@@ -94,25 +92,56 @@ def rounded_runs(rows: Rows) -> list[Rounded]:
     return made
 
 
+def others(rows: Rows, task: str, leg: Leg) -> Pair:
+    """The mean change of loss on the tasks that were not trained, of both methods."""
+    base = rows.get(Job(leg.base))
+    return (
+        pair(rows, task, lambda f: other_loss(f, base, task, rows.setting.tasks), leg)
+        if base
+        else Pair([], [])
+    )
+
+
 def other_loss(found: Found, base: Found, task: str, tasks: Sequence[str]) -> float:
     """The mean change of loss on the tasks that were not trained."""
     return mean(found["test"][other] - base["test"][other] for other in tasks if other != task)
 
 
-def scarce_curve(rows: Rows, method: str, count: int) -> list[Mapping[str, float]]:
-    task = rows.setting.main_task
-    rate = best_rate(rows, task, method)
-    found = rows.get(Job("scarce", task, method, rate or 0.0, 0, count))
-    return found["curve"] if found else []
+class Scarce(NamedTuple):
+    """A run on few rows by what it came to: losses in nats, the step of the best one."""
+
+    learnt: float
+    held_out: float
+    best: float
+    step: float
+
+    @property
+    def rise(self) -> float:
+        """How far the held-out loss rose after its best."""
+        return self.held_out - self.best
+
+
+def scarce_curves(rows: Rows, method: str, count: int) -> list[list[Mapping[str, float]]]:
+    """The curve of each seed: step, loss on learnt rows, loss on held-out ones."""
+    task, rate = rows.setting.main_task, best_rate(rows, rows.setting.main_task, method) or 0.0
+    jobs = [Job("scarce", task, method, rate, seed, count) for seed in rows.setting.seeds]
+    return [found["curve"] for job in jobs if (found := rows.get(job)) is not None]
+
+
+def scarce_runs(rows: Rows, method: str, count: int) -> list[Scarce]:
+    made: list[Scarce] = []
+    for curve in scarce_curves(rows, method, count):
+        best, last = min(curve, key=lambda point: point["test"]), curve[-1]
+        made.append(Scarce(last["train"], last["test"], best["test"], best["step"]))
+    return made
 
 
 def matrix_losses(rows: Rows) -> dict[str, dict[str, float]]:
-    """Adapter (none for the base) -> task -> test loss, first seed."""
+    """Adapter (none for the base) -> task -> test loss, first seed of the longer runs."""
     found: dict[str, dict[str, float]] = {}
-    if base := rows.get(Job("base")):
+    if base := rows.get(Job(LONG.base)):
         found["none"] = dict(base["test"])
     for task in rows.setting.tasks:
-        rate = best_rate(rows, task, LORA)
-        if row := rows.get(Job("final", task, LORA, rate or 0.0, rows.setting.seeds[0])):
+        if row := final_rows(rows, task, LORA, LONG)[0]:
             found[task] = dict(row["test"])
     return found

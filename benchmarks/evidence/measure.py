@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.evidence.learn import (
     own_weights,
     require_same_start,
 )
-from benchmarks.evidence.plan import LORA, METHODS, Job, Method, best_rate
+from benchmarks.evidence.plan import KINDS, LONG, LORA, METHODS, Job, Method, best_rate
 from benchmarks.evidence.quantise import quantise, stored_bytes
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import KNOWN, Setting
@@ -67,6 +68,13 @@ class Bench:
         self._labelled: LabelRows | None = None
         self._paired: tuple[Base, PairRows] | None = None
         self._ways: dict[tuple[str, bool], Way] = {}
+
+    @cached_property
+    def wide(self) -> Bench:
+        """The same base, and the held-out rows of the longer runs."""
+        made = copy.copy(self)
+        made.setting, made._tasks = self.setting.wide, {}
+        return made
 
     def task(self, name: str) -> TaskRows:
         if name not in self._tasks:
@@ -136,7 +144,8 @@ class Bench:
             base, rows = self.paired
             config = optim_config(method, job.lr, setting.pair_steps, setting.pair_batch)
             return Course(base, lambda: copied(base), rows.train, rows.test, config)
-        steps = {"scarce": setting.scarce_steps, "long": setting.long_steps}.get(job.kind, setting.steps)
+        more = {"scarce": setting.scarce_steps, LONG.tune: setting.long_steps, LONG.final: setting.long_steps}
+        steps = more.get(job.kind, setting.steps)
         config = optim_config(method, job.lr, steps, setting.batch_size)
         task = self.task(job.task)
         rows = task.train[: job.rows or setting.pool]
@@ -210,7 +219,7 @@ def run_final(bench: Bench, job: Job) -> Found:
         found["base_test"] = bench.losses(rounded, None, [job.task], "test")
         found["stored_bytes"] = stored_bytes(rounded.model, method.bits, method.block)
     base, adapter, own = trained(bench, job)
-    if adapter is not None and job.method == LORA:
+    if adapter is not None and (job.kind, job.method) == (LONG.final, LORA):
         save_adapter(adapter, _folder(bench, job), overwrite=True)
     return {
         "test": bench.losses(base, adapter, bench.setting.tasks, "test"),
@@ -263,9 +272,9 @@ def run_swap(bench: Bench, job: Job) -> Found:
 
 def _adapter_of(bench: Bench, name: str) -> Adapter:
     """The task's first final adapter: its file, or where that is gone the same training again."""
-    rate = best_rate(bench.rows, name, LORA)
+    rate = best_rate(bench.rows, name, LORA, LONG)
     assert rate is not None
-    job = Job("final", name, LORA, rate, bench.setting.seeds[0])
+    job = Job(LONG.final, name, LORA, rate, bench.setting.seeds[0])
     if _folder(bench, job).exists():
         return load_adapter(_folder(bench, job), bench.base)
     adapter = trained(bench, job)[1]
@@ -339,6 +348,7 @@ def run_step(bench: Bench, job: Job) -> Found:
 
 RUN: Mapping[str, Callable[[Bench, Job], Found]] = {
     "base": run_base,
+    "long-base": run_base,
     "sizes": run_sizes,
     "tune": run_tune,
     "long": run_tune,
@@ -349,6 +359,7 @@ RUN: Mapping[str, Callable[[Bench, Job], Found]] = {
     "pair-tune": run_pairs,
     "pair-final": run_pairs,
     "final": run_final,
+    "long-final": run_final,
     "scarce": run_scarce,
     "swap": run_swap,
     "step": run_step,
@@ -357,7 +368,8 @@ RUN: Mapping[str, Callable[[Bench, Job], Found]] = {
 
 def run(bench: Bench, job: Job) -> Found:
     """The job's numbers."""
+    wide = "long_test_rows" in KINDS[job.kind].fields
     try:
-        return RUN[job.kind](bench, job)
+        return RUN[job.kind](bench.wide if wide else bench, job)
     finally:
         gc.collect()

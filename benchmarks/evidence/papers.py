@@ -6,10 +6,9 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from benchmarks.evidence.lookup import final_rows, other_loss, pair, step_runs
-from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, best_rate, tried
+from benchmarks.evidence.lookup import common_leg, main_losses, others, pair, step_runs
+from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, Leg, best_rate, legs
 from benchmarks.evidence.rows import Rows
-from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.text import MISSING, apart, markdown, rate_text, verdict
 
@@ -25,23 +24,27 @@ class Statement(NamedTuple):
     here: Callable[[Rows], str]
 
 
-def by_task(rows: Rows, told: Callable[[str], str]) -> str:
-    """One answer for each task that has one."""
-    found = [(TASKS[task].title, told(task)) for task in rows.setting.tasks]
-    return "; ".join(f"{title}: {text}" for title, text in found if text)
+def by_task(rows: Rows, told: Callable[[str, Leg], str]) -> str:
+    """One answer for each task that has one, after short runs and after longer ones."""
+    parts = []
+    for leg, steps in legs(rows.setting):
+        found = [(TASKS[task].title, told(task, leg)) for task in rows.setting.tasks]
+        if texts := [f"{title}: {text}" for title, text in found if text]:
+            parts.append(f"{steps} steps: {'; '.join(texts)}")
+    return ". ".join(parts)
 
 
 def as_good(rows: Rows) -> str:
-    def told(task: str) -> str:
-        found = pair(rows, task, lambda f: f["test"][task])
+    def told(task: str, leg: Leg) -> str:
+        found = pair(rows, task, lambda f: f["test"][task], leg)
         return f"{verdict(found)} ({apart(found)} nats)" if found.lora else ""
 
     return by_task(rows, told)
 
 
 def bleu(rows: Rows) -> str:
-    def told(task: str) -> str:
-        found = pair(rows, task, lambda f: f["metric"])
+    def told(task: str, leg: Leg) -> str:
+        found = pair(rows, task, lambda f: f["metric"], leg)
         means = f"LoRA {mean(found.lora):.1f}, full {mean(found.full):.1f}" if found.lora else ""
         return means if TASKS[task].metric == "bleu" else ""
 
@@ -49,8 +52,8 @@ def bleu(rows: Rows) -> str:
 
 
 def ten_times(rows: Rows) -> str:
-    def told(task: str) -> str:
-        lora, full = (best_rate(rows, task, method) for method in BOTH)
+    def told(task: str, leg: Leg) -> str:
+        lora, full = (best_rate(rows, task, method, leg) for method in BOTH)
         return (
             f"{rate_text(lora)} against {rate_text(full)}: {lora / full:.2g} times" if lora and full else ""
         )
@@ -59,57 +62,25 @@ def ten_times(rows: Rows) -> str:
 
 
 def kept_more(rows: Rows) -> str:
-    base = rows.get(Job("base"))
-
-    def told(task: str) -> str:
-        if base is None:
-            return ""
-        found = pair(rows, task, lambda f: other_loss(f, base, task, rows.setting.tasks))
+    def told(task: str, leg: Leg) -> str:
+        found = others(rows, task, leg)
         return f"{verdict(found, words=KEPT)} ({apart(found)} nats)" if found.lora else ""
 
     return by_task(rows, told)
 
 
-def on_test(rows: Rows, method: str, settled: bool = False) -> tuple[list[float], str]:
-    """A method's losses on the main task's test rows: of the reported seeds, or else of the tuning seed's best rate.
-
-    `settled`: none where the search for the rate goes on.
-    """
-    task = rows.setting.main_task
-    if settled and best_rate(rows, task, method) is None:
-        return [], ""
-    found = [f["test"][task] for f in final_rows(rows, task, method, best_rate(rows, task, method))]
-    if len(found) == len(rows.setting.seeds):
-        return found, f"{len(found)} seeds"
-    losses = tried(rows, task, method)
-    rate = min(losses, key=losses.__getitem__, default=0.0)
-    one = rows.get(Job("tune", task, method, rate, TUNING_SEED))
-    return ([one["test"]], "the tuning seed alone") if one and one["test"] is not None else ([], "")
-
-
 def compared(rows: Rows, *methods: str) -> str:
-    """The methods from the least loss to the most, on what all of them have."""
-    found = {method: on_test(rows, method) for method in methods}
-    if not all(losses for losses, _ in found.values()):
+    """The methods from the least loss to the most, by the longest runs that all of them have."""
+    found = common_leg(rows, (LORA, *methods))
+    if found is None:
         return ""
-    sources = {source for _, source in found.values()}
-    if len(sources) > 1:  # some have more seeds than others: then none but the tuning seed is fair
-        alone = {method: _tuning_loss(rows, method) for method in methods}
-        found = {method: ([loss], "the tuning seed alone") for method, loss in alone.items()}
-    order = sorted(found, key=lambda method: mean(found[method][0]))
-    told = ", ".join(f"{METHODS[method].title} {mean(found[method][0]):.3f}" for method in order)
-    return f"{told} ({next(iter(found.values()))[1]}{_noise(rows)})"
-
-
-def _tuning_loss(rows: Rows, method: str) -> float:
-    task, losses = rows.setting.main_task, tried(rows, rows.setting.main_task, method)
-    row = rows.get(Job("tune", task, method, min(losses, key=losses.__getitem__), TUNING_SEED))
-    return row["test"] if row else float("nan")
-
-
-def _noise(rows: Rows) -> str:
-    losses, _ = on_test(rows, LORA)
-    return f"; LoRA's own deviation between seeds is {stdev(losses):.3f}" if len(losses) > 1 else ""
+    leg, steps = found
+    losses = {method: main_losses(rows, method, leg) for method in methods}
+    order = sorted(methods, key=lambda method: mean(losses[method]))
+    told = ", ".join(f"{METHODS[method].title} {mean(losses[method]):.3f}" for method in order)
+    own = main_losses(rows, LORA, leg)
+    noise = f"; LoRA's own deviation between seeds is {stdev(own):.3f}" if len(own) > 1 else ""
+    return f"{told} ({steps} steps, {len(own)} seeds{noise})"
 
 
 def places(rows: Rows) -> str:

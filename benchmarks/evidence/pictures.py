@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from statistics import mean, stdev
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.lookup import finals_of, matrix_losses, other_loss, pair, scarce_curve
-from benchmarks.evidence.plan import BOTH, FULL, LORA, Job, best_rate, tried
+from benchmarks.evidence.lookup import (
+    common_leg,
+    finals_of,
+    main_losses,
+    matrix_losses,
+    other_loss,
+    pair,
+    scarce_curves,
+)
+from benchmarks.evidence.plan import BOTH, FULL, LORA, SHORT, Job, Leg, legs, tried, variants
 from benchmarks.evidence.rows import Rows
-from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.text import NAMES
 
 COLOURS = {LORA: "#0072b2", FULL: "#d55e00", "base": "#777777"}  # told apart by colour-blind eyes too
-NAMES = {LORA: "LoRA", FULL: "full fine-tuning"}
 STYLE = {
     "svg.hashsalt": "evidence",
     "svg.fonttype": "none",
@@ -32,58 +40,60 @@ def panels(count: int, width: float = 2.6, height: float = 2.5) -> tuple[Figure,
 
 
 def rates(rows: Rows) -> Figure:
-    """Loss on the tuning rows against the learning rate, a panel a task."""
+    """Loss on the tuning rows against the learning rate, a panel a task; longer runs are broken lines."""
     figure, axes = panels(len(rows.setting.tasks))
     for axis, task in zip(axes, rows.setting.tasks, strict=True):
-        for method in BOTH:
-            found = sorted(
-                (rate, loss) for rate, loss in tried(rows, task, method).items() if loss != float("inf")
-            )
-            axis.plot(
-                *zip(*found, strict=True), "o-", color=COLOURS[method], label=NAMES[method]
-            ) if found else None
+        for line, (leg, steps) in zip(("o-", "o--"), legs(rows.setting), strict=True):
+            for method in BOTH:
+                losses = tried(rows, task, method, leg).items()
+                if found := sorted((rate, loss) for rate, loss in losses if loss != float("inf")):
+                    label = f"{NAMES[method]}, {steps} steps"
+                    axis.plot(*zip(*found, strict=True), line, color=COLOURS[method], label=label)
         axis.set(title=TASKS[task].title, xlabel="learning rate", xscale="log")
     axes[0].set_ylabel("loss, nats a token")
-    _legend(axes[0])
+    _legend(axes[-1], figure)
     return figure
 
 
 def quality(rows: Rows) -> Figure:
-    """Held-out loss of both methods, the same seed joined by a line; the base's stands in the title."""
+    """Held-out loss of both methods, short runs and longer ones; the same seed joined by a line."""
     figure, axes = panels(len(rows.setting.tasks))
-    base = rows.get(Job("base"))
     for axis, task in zip(axes, rows.setting.tasks, strict=True):
-        for place, method in enumerate((FULL, LORA)):
-            losses = [found["test"][task] for found in finals_of(rows, task, method)]
-            axis.plot([place] * len(losses), losses, "o", color=COLOURS[method])
-        found = pair(rows, task, lambda f, t=task: f["test"][t])
-        for ends in zip(found.full, found.lora, strict=True):
-            axis.plot([0, 1], ends, color=COLOURS["base"], linewidth=0.8, zorder=0)
-        told = f" (base: {base['test'][task]:.2f})" if base else ""
-        axis.set(title=f"{TASKS[task].title}{told}", xticks=[0, 1], xlim=(-0.5, 1.5))
-        axis.set_xticklabels(["full", "LoRA"])
+        ticks = []
+        for number, (leg, steps) in enumerate(legs(rows.setting)):
+            for place, method in enumerate(NAMES):
+                losses = [found["test"][task] for found in finals_of(rows, task, method, leg)]
+                axis.plot([2 * number + place] * len(losses), losses, "o", color=COLOURS[method])
+                ticks.append(f"{'full' if method == FULL else 'LoRA'}\n{steps}")
+            found = pair(rows, task, lambda f, t=task: f["test"][t], leg)
+            for ends in zip(found.full, found.lora, strict=True):
+                axis.plot([2 * number, 2 * number + 1], ends, color=COLOURS["base"], linewidth=0.8, zorder=0)
+        axis.set(title=TASKS[task].title, xticks=range(len(ticks)), xlim=(-0.5, len(ticks) - 0.5))
+        axis.set_xticklabels(ticks)
         axis.margins(y=0.25)
     axes[0].set_ylabel("held-out loss, nats a token")
     return figure
 
 
 def forgetting(rows: Rows) -> Figure:
-    """What was learnt against what the other tasks' loss became, a point a run."""
+    """What was learnt against what the other tasks' loss became, a point a run; short runs are hollow."""
     figure, (axis,) = panels(1, 6.4, 3.2)
-    base, tasks = rows.get(Job("base")), rows.setting.tasks
-    for mark, task in zip("os^", tasks, strict=False):
-        for method in BOTH:
-            found = finals_of(rows, task, method) if base else []
-            learnt = [base["test"][task] - one["test"][task] for one in found]  # pyright: ignore[reportOptionalSubscript]
-            others = [other_loss(one, base, task, tasks) for one in found]  # pyright: ignore[reportArgumentType]
-            axis.plot(
-                learnt,
-                others,
-                mark,
-                color=COLOURS[method],
-                alpha=0.7,
-                label=f"{TASKS[task].title}, {NAMES[method]}",
-            )
+    tasks = rows.setting.tasks
+    for leg, _ in reversed(legs(rows.setting)):  # the filled marks give the legend
+        base = rows.get(Job(leg.base))
+        for mark, task in zip("os^", tasks, strict=False):
+            for method in BOTH if base else ():
+                found = finals_of(rows, task, method, leg)
+                learnt = [base["test"][task] - one["test"][task] for one in found]  # pyright: ignore[reportOptionalSubscript]
+                changed = [other_loss(one, base, task, tasks) for one in found]  # pyright: ignore[reportArgumentType]
+                face, label = (
+                    ("none", "_")
+                    if leg == SHORT
+                    else (COLOURS[method], f"{TASKS[task].title}, {NAMES[method]}")
+                )
+                axis.plot(
+                    learnt, changed, mark, color=COLOURS[method], markerfacecolor=face, alpha=0.7, label=label
+                )
     axis.axhline(0, color=COLOURS["base"], linewidth=0.8)
     axis.set(xlabel="own task: fall of the loss, nats", ylabel="other tasks: change of loss, nats")
     _legend(axis, figure)
@@ -91,17 +101,16 @@ def forgetting(rows: Rows) -> Figure:
 
 
 def scarce(rows: Rows) -> Figure:
-    """Loss on learnt rows (broken) and on held-out ones (whole) along training, a panel a number of rows."""
+    """Loss on learnt rows (broken) and held-out ones (whole), a line a seed; a panel a number of rows."""
     figure, axes = panels(len(rows.setting.scarce), 2.3)
     for axis, count in zip(axes, rows.setting.scarce, strict=True):
         for method in BOTH:
-            curve = scarce_curve(rows, method, count)
-            for part, line in (("test", "-"), ("train", "--")):
-                points = [(point["step"], point[part]) for point in curve]
-                label = f"{NAMES[method]}, {'held out' if part == 'test' else 'learnt rows'}"
-                axis.plot(
-                    *zip(*points, strict=True), line, color=COLOURS[method], label=label
-                ) if points else None
+            for number, curve in enumerate(scarce_curves(rows, method, count)):
+                for part, line in (("test", "-"), ("train", "--")):
+                    points = [(point["step"], point[part]) for point in curve]
+                    label = f"{NAMES[method]}, {'held out' if part == 'test' else 'learnt rows'}"
+                    told = "_" if number else label  # once in the legend
+                    axis.plot(*zip(*points, strict=True), line, color=COLOURS[method], alpha=0.7, label=told)
         axis.set(title=f"{count:,} rows", xlabel="step")
     top = max((axis.get_ylim()[1] for axis in axes), default=1)
     for axis in axes:
@@ -130,59 +139,49 @@ def matrix(rows: Rows) -> Figure:
     return figure
 
 
-def where(rows: Rows) -> Figure:
-    """Held-out loss against how much is trained, by the tuning seed: ranks as a line, places as points.
+PLACES = (  # mark, methods, label
+    ("s", ("attention", "attention-even"), "attention only"),
+    ("^", ("mlp", "mlp-even"), "MLP only"),
+    ("v", ("rslora-64",), "rsLoRA, rank 64"),
+    ("P", ("plus-64",), "LoRA+, rank 64"),
+    ("D", (FULL,), "full fine-tuning"),
+)
 
-    Grey: as far as LoRA's reported seeds are apart, around the tuning seed's. Hollow: the search for a rate goes on.
+
+def where(rows: Rows) -> Figure:
+    """Held-out loss against how much is trained, mean and deviation of the seeds: ranks as a line, places as points.
+
+    By the longest runs that all have. Grey: as far as LoRA's own seeds are apart.
     """
     figure, (axis,) = panels(1, 6.4, 3.2)
-    task = rows.setting.main_task
-    seeds = [found["test"][task] for found in finals_of(rows, task, LORA)]
-    if (middle := _tuned_point(rows, LORA)) and len(seeds) > 1:
-        half = (max(seeds) - min(seeds)) / 2
-        axis.axhspan(middle.loss - half, middle.loss + half, color="#dddddd", zorder=0, label="LoRA's seeds")
-    ranks = {f"rank-{rank}": rank for rank in rows.setting.learned_ranks} | {LORA: 16}
-    line = sorted((found, rank) for name, rank in ranks.items() if (found := _tuned_point(rows, name)))
-    if line:
-        axis.plot(*zip(*(point[:2] for point, _ in line), strict=True), "-", color=COLOURS[LORA])
-    for point, rank in line:
-        axis.annotate(f"{rank}", point[:2], (0, 5), textcoords="offset points", ha="center", fontsize=7)
-    for mark, group, label in (
-        ("o", tuple(ranks), "all linear, by rank"),
-        ("s", ("attention", "attention-even"), "attention only"),
-        ("^", ("mlp", "mlp-even"), "MLP only"),
-        ("v", ("rslora-64",), "rsLoRA, rank 64"),
-        ("P", ("plus-64",), "LoRA+, rank 64"),
-        ("D", (FULL,), "full fine-tuning"),
-    ):
-        colour = COLOURS[FULL] if FULL in group else COLOURS[LORA] if LORA in group else "#009e73"
-        for point in [found for found in (_tuned_point(rows, name) for name in group) if found]:
-            face = colour if point.settled else "none"
-            axis.plot(point.trained, point.loss, mark, color=colour, markerfacecolor=face, label=label)
-            label = "_"  # once in the legend
     axis.set(xlabel="trained values", ylabel="held-out loss, nats a token", xscale="log")
+    found = common_leg(rows, (FULL, LORA, *variants(rows.setting)))
+    if found is None:
+        return figure
+    leg, steps = found
+    axis.set_title(f"after {steps} steps")
+    own = main_losses(rows, LORA, leg)
+    axis.axhspan(min(own), max(own), color="#dddddd", zorder=0, label="LoRA's seeds")
+    ranks = sorted([(rank, f"rank-{rank}") for rank in rows.setting.learned_ranks] + [(16, LORA)])
+    line = [_point(rows, name, leg) for _, name in ranks]
+    axis.errorbar(
+        *zip(*line, strict=True), fmt="o-", color=COLOURS[LORA], capsize=2, label="all linear, by rank"
+    )
+    for (rank, _), point in zip(ranks, line, strict=True):
+        axis.annotate(f"{rank}", point[:2], (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    for mark, group, label in PLACES:
+        colour = COLOURS[FULL] if FULL in group else "#009e73"
+        points = [_point(rows, name, leg) for name in group]
+        axis.errorbar(*zip(*points, strict=True), fmt=mark, color=colour, capsize=2, label=label)
     _legend(axis, figure)
     return figure
 
 
-class Point(NamedTuple):
-    """A method by its tuning seed: trained values, held-out loss, whether its rate is settled."""
-
-    trained: int
-    loss: float
-    settled: bool
-
-
-def _tuned_point(rows: Rows, method: str) -> Point | None:
-    task = rows.setting.main_task
-    losses, settled = tried(rows, task, method), best_rate(rows, task, method)
-    rate = settled or min(losses, key=losses.__getitem__, default=0.0)
-    found = rows.get(Job("tune", task, method, rate, TUNING_SEED))
-    return (
-        Point(found["trained"], found["test"], settled is not None)
-        if found and found["test"] is not None
-        else None
-    )
+def _point(rows: Rows, method: str, leg: Leg) -> tuple[int, float, float]:
+    """Trained values, mean and standard deviation of the held-out loss."""
+    losses = main_losses(rows, method, leg)
+    trained = finals_of(rows, rows.setting.main_task, method, leg)[0]["trained"]
+    return trained, mean(losses), stdev(losses) if len(losses) > 1 else 0.0
 
 
 def _legend(axis: Any, beside: Figure | None = None) -> None:

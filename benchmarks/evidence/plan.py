@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +70,8 @@ STEP_SIDES = (
 
 SEEN = ("base", "dtype", "tasks", "pool", "tune_rows", "test_rows", "longest", "answers")
 LEARNT = (*SEEN, "steps", "batch_size")
+WIDE = ("base", "dtype", "tasks", "pool", "longest", "long_test_rows", "long_answers")
+WIDE_LEARNT = (*WIDE, "long_steps", "batch_size")
 LABELS = ("label_task", "label_base", "label_steps", "label_batch", "pool", "test_rows")
 PAIRS = ("pair_task", "pair_base", "pair_steps", "pair_batch", "pool")
 
@@ -87,6 +89,8 @@ KINDS: dict[str, Kind] = {
     "tune": Kind(1, LEARNT),  # a learning rate tried on the tuning seed and rows
     "final": Kind(1, LEARNT),  # a reported run
     "long": Kind(1, (*LEARNT, "long_steps")),  # a rate tried over more steps
+    "long-base": Kind(1, WIDE),  # as base and final, over more steps and on more rows
+    "long-final": Kind(1, WIDE_LEARNT),
     "label-base": Kind(1, LABELS),  # the constant answer
     "label-tune": Kind(1, LABELS),  # as tune and final, a class for a text
     "label-final": Kind(1, LABELS),
@@ -94,9 +98,28 @@ KINDS: dict[str, Kind] = {
     "pair-tune": Kind(1, PAIRS),
     "pair-final": Kind(1, PAIRS),
     "scarce": Kind(1, (*SEEN, "scarce_steps", "looks", "batch_size")),
-    "swap": Kind(1, LEARNT),  # all tasks' adapters on one base
+    "swap": Kind(2, WIDE_LEARNT),  # all tasks' adapters on one base
     "step": Kind(1, ("base", "tasks", "batch_size", "longest", "timed_steps", "timed_runs")),
 }
+
+
+class Leg(NamedTuple):
+    """The kinds of run that make one comparison: of the base, of a rate that is tried, and the reported ones."""
+
+    base: str
+    tune: str
+    final: str
+
+
+SHORT = Leg("base", "tune", "final")
+LONG = Leg("long-base", "long", "long-final")
+LABELLED = Leg("label-base", "label-tune", "label-final")
+PAIRED = Leg("pair-base", "pair-tune", "pair-final")
+
+
+def legs(setting: Setting) -> tuple[tuple[Leg, int], ...]:
+    """The comparisons of whole answers, each with its number of steps."""
+    return (SHORT, setting.steps), (LONG, setting.long_steps)
 
 
 class Job(NamedTuple):
@@ -158,42 +181,42 @@ def rates_from(start: float) -> list[float]:
     return [ALL_RATES[place], ALL_RATES[place - 1], ALL_RATES[place + 1]]
 
 
-def tried(view: View, task: str, method: str, kind: str = "tune") -> dict[float, float]:
+def tried(view: View, task: str, method: str, leg: Leg = SHORT) -> dict[float, float]:
     """The rates that were run, with their losses on the tuning rows; one that diverged has an infinite loss."""
-    found = {rate: view.get(Job(kind, task, method, rate, TUNING_SEED)) for rate in ALL_RATES}
+    found = {rate: view.get(Job(leg.tune, task, method, rate, TUNING_SEED)) for rate in ALL_RATES}
     return {rate: float("inf") if row["tune"] is None else row["tune"] for rate, row in found.items() if row}
 
 
-def start_of(view: View, task: str, method: str, kind: str) -> float | None:
+def start_of(view: View, task: str, method: str, leg: Leg) -> float | None:
     """Where a search begins: longer runs begin at the best rate of short ones."""
-    return best_rate(view, task, method) if kind == "long" else METHODS[method].start
+    return best_rate(view, task, method) if leg == LONG else METHODS[method].start
 
 
-def best_rate(view: View, task: str, method: str, kind: str = "tune") -> float | None:
+def best_rate(view: View, task: str, method: str, leg: Leg = SHORT) -> float | None:
     """The settled rate of a method, None while the search goes on."""
-    start = start_of(view, task, method, kind)
-    return search(tried(view, task, method, kind), start)[1] if start else None
+    start = start_of(view, task, method, leg)
+    return search(tried(view, task, method, leg), start)[1] if start else None
 
 
-def tuning(view: View, task: str, method: str, kind: str = "tune") -> Iterator[Job]:
+def tuning(view: View, task: str, method: str, leg: Leg = SHORT) -> Iterator[Job]:
     """The next runs of a search."""
-    start = start_of(view, task, method, kind)
-    for rate in search(tried(view, task, method, kind), start)[0] if start else ():
-        yield Job(kind, task, method, rate, TUNING_SEED)
+    start = start_of(view, task, method, leg)
+    for rate in search(tried(view, task, method, leg), start)[0] if start else ():
+        yield Job(leg.tune, task, method, rate, TUNING_SEED)
 
 
-def finals(view: View, task: str, method: str, seeds: tuple[int, ...], kind: str = "") -> Iterator[Job]:
-    """The reported runs of a settled rate; `kind`: what stands before the names of their kinds."""
-    if rate := best_rate(view, task, method, f"{kind}tune"):
+def finals(view: View, task: str, method: str, seeds: Sequence[int], leg: Leg = SHORT) -> Iterator[Job]:
+    """The reported runs of a settled rate."""
+    if rate := best_rate(view, task, method, leg):
         for seed in seeds:
-            yield Job(f"{kind}final", task, method, rate, seed)
+            yield Job(leg.final, task, method, rate, seed)
 
 
 Wanted = Iterator[Job]
 
 
 def base_scores(setting: Setting, view: View) -> Wanted:
-    yield Job("base")
+    yield Job(SHORT.base)
 
 
 def sizes(setting: Setting, view: View) -> Wanted:
@@ -222,7 +245,7 @@ def other_seeds(setting: Setting, view: View) -> Wanted:
 
 
 def swap(setting: Setting, view: View) -> Wanted:
-    if all(best_rate(view, task, LORA) for task in setting.tasks):
+    if all(best_rate(view, task, LORA, LONG) for task in setting.tasks):
         yield Job("swap")
 
 
@@ -232,26 +255,32 @@ def variants(setting: Setting) -> list[str]:
 
 def where_first(setting: Setting, view: View) -> Wanted:
     for method in variants(setting):
-        yield Job("tune", setting.main_task, method, METHODS[method].start, TUNING_SEED)
+        yield Job(SHORT.tune, setting.main_task, method, METHODS[method].start, TUNING_SEED)
 
 
-def where_tuned(setting: Setting, view: View) -> Wanted:
+def where_tuned(setting: Setting, view: View, leg: Leg = SHORT) -> Wanted:
     for method in variants(setting):
-        yield from tuning(view, setting.main_task, method)
+        yield from tuning(view, setting.main_task, method, leg)
 
 
-def where_final(setting: Setting, view: View) -> Wanted:
+def where_final(setting: Setting, view: View, leg: Leg = SHORT) -> Wanted:
     for seed in setting.seeds:
         for method in variants(setting):
-            yield from finals(view, setting.main_task, method, (seed,))
+            yield from finals(view, setting.main_task, method, (seed,), leg)
+
+
+def where_longer(setting: Setting, view: View) -> Wanted:
+    yield from where_tuned(setting, view, LONG)
+    yield from where_final(setting, view, LONG)
 
 
 def scarce(setting: Setting, view: View) -> Wanted:
     task = setting.main_task
-    for rows in setting.scarce:
-        for method in BOTH:
-            if rate := best_rate(view, task, method):
-                yield Job("scarce", task, method, rate, 0, rows)
+    for seed in setting.seeds:
+        for rows in setting.scarce:
+            for method in BOTH:
+                if rate := best_rate(view, task, method):
+                    yield Job("scarce", task, method, rate, seed, rows)
 
 
 def quantised(setting: Setting, view: View, seeds: slice = slice(1)) -> Wanted:
@@ -260,7 +289,7 @@ def quantised(setting: Setting, view: View, seeds: slice = slice(1)) -> Wanted:
     if rate := best_rate(view, task, LORA):
         for seed in setting.seeds[seeds]:
             for method in QUANTISED:
-                yield Job("final", task, method, rate, seed)
+                yield Job(SHORT.final, task, method, rate, seed)
 
 
 def quantised_more(setting: Setting, view: View) -> Wanted:
@@ -271,33 +300,40 @@ def precision(setting: Setting, view: View) -> Wanted:
     """The control of bfloat16: both methods once in float32, at the rates of bfloat16."""
     for method in BOTH:
         if setting.dtype != "float32" and (rate := best_rate(view, setting.main_task, method)):
-            yield Job("final", setting.main_task, f"{method}-fp32", rate, setting.seeds[0])
+            yield Job(SHORT.final, setting.main_task, f"{method}-fp32", rate, setting.seeds[0])
 
 
 def longer(setting: Setting, view: View) -> Wanted:
-    for method in BOTH:
-        yield from tuning(view, setting.main_task, method, "long")
+    """What short runs cannot tell: the same comparison over more steps, on more held-out rows."""
+    yield Job(LONG.base)
+    for task in setting.tasks:
+        for method in BOTH:
+            yield from tuning(view, task, method, LONG)
+        for seed in setting.seeds:
+            for method in BOTH:
+                yield from finals(view, task, method, (seed,), LONG)
 
 
 def default_rate(setting: Setting, view: View) -> Wanted:
     """LoRA at `onebase train`'s own rate and at its former one, in short runs and in longer ones."""
-    for kind in ("tune", "long"):
+    for leg in (SHORT, LONG):
         for rate in (OptimConfig().lr, FORMER_DEFAULT):
-            yield Job(kind, setting.main_task, LORA, rate, TUNING_SEED)
+            yield Job(leg.tune, setting.main_task, LORA, rate, TUNING_SEED)
 
 
 def labels(setting: Setting, view: View) -> Wanted:
-    yield Job("label-base", setting.label_task)
-    for method in BOTH:
-        yield from tuning(view, setting.label_task, method, "label-tune")
-        yield from finals(view, setting.label_task, method, setting.seeds, "label-")
+    yield from on_encoder(setting, view, setting.label_task, LABELLED)
 
 
 def pairs(setting: Setting, view: View) -> Wanted:
-    yield Job("pair-base", setting.pair_task)
+    yield from on_encoder(setting, view, setting.pair_task, PAIRED)
+
+
+def on_encoder(setting: Setting, view: View, task: str, leg: Leg) -> Wanted:
+    yield Job(leg.base, task)
     for method in BOTH:
-        yield from tuning(view, setting.pair_task, method, "pair-tune")
-        yield from finals(view, setting.pair_task, method, setting.seeds, "pair-")
+        yield from tuning(view, task, method, leg)
+        yield from finals(view, task, method, setting.seeds, leg)
 
 
 def steps(setting: Setting, view: View) -> Wanted:
@@ -317,23 +353,24 @@ class Phase(NamedTuple):
 
 PHASES = (
     Phase((3,), steps, quiet=True),
-    Phase((4, 5, 7), base_scores),
+    Phase((4, 5, 9), base_scores),
     Phase((2,), sizes),
     Phase((1, 4, 5, 7), first_seed),
     Phase((4, 5), main_seeds),
     Phase((8,), where_first),
     Phase((9,), quantised),
     Phase((6,), scarce),
-    Phase((7,), swap),
     Phase((4,), labels),
     Phase((4,), pairs),
     Phase((4,), default_rate),
-    Phase((4,), longer),
     Phase((4, 5), other_seeds),
     Phase((8,), where_tuned),
     Phase((4,), precision),
     Phase((9,), quantised_more),
     Phase((8,), where_final),
+    Phase((1, 4, 5, 7), longer),
+    Phase((7,), swap),
+    Phase((8,), where_longer),
 )
 
 

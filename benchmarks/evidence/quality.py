@@ -6,113 +6,96 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from benchmarks.evidence.lookup import finals_of, label_finals, pair, pair_finals
+from benchmarks.evidence.lookup import finals_of, pair
 from benchmarks.evidence.plan import (
     ALL_RATES,
     BOTH,
     FORMER_DEFAULT,
-    FULL,
+    LABELLED,
     LORA,
     METHODS,
+    PAIRED,
+    SHORT,
     Job,
     best_rate,
+    legs,
     tried,
 )
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import METRICS, TASKS
-from benchmarks.evidence.text import MISSING, apart, markdown, rate_text, spread, verdict
+from benchmarks.evidence.text import MISSING, NAMES, apart, markdown, rate_text, spread, verdict
 from onebase.config import OptimConfig
 
 
 def quality(rows: Rows) -> str:
-    base = rows.get(Job("base")) or {}
+    """The base and both methods, after short runs and after longer ones, each with held-out rows of its own."""
     lines = []
-    for task in rows.setting.tasks:
-        title = TASKS[task].title
-        if base:
-            loss = base["test"][task]
-            lines.append(
-                (
-                    f"{title}: base",
-                    "-",
-                    f"{loss:.3f}",
-                    f"{math.exp(loss):.2f}",
-                    f"{base['metric'][task]:.1f}",
+    for leg, steps in legs(rows.setting):
+        base = rows.get(Job(leg.base))
+        for task in rows.setting.tasks:
+            title = TASKS[task].title
+            if base:
+                loss, metric = base["test"][task], base["metric"][task]
+                lines.append(
+                    (f"{title}: base", "-", "-", f"{loss:.3f}", f"{math.exp(loss):.2f}", f"{metric:.1f}")
                 )
-            )
-        for method in (FULL, LORA):
-            found = finals_of(rows, task, method)
-            losses = [f["test"][task] for f in found]
-            lines.append(
-                (
-                    f"{title}: {'LoRA' if method == LORA else 'full fine-tuning'}",
-                    rate_text(best_rate(rows, task, method)),
-                    spread(losses),
-                    f"{mean(map(math.exp, losses)):.2f}" if losses else MISSING,
-                    spread([f["metric"] for f in found], 1),
-                )
-            )
+            for method, name in NAMES.items():
+                found = finals_of(rows, task, method, leg)
+                losses = [f["test"][task] for f in found]
+                rate = rate_text(best_rate(rows, task, method, leg))
+                perplexity = f"{mean(map(math.exp, losses)):.2f}" if losses else MISSING
+                answers = spread([f["metric"] for f in found], 1)
+                lines.append((f"{title}: {name}", f"{steps}", rate, spread(losses), perplexity, answers))
     measures = ", ".join(
         f"{TASKS[task].title} {METRICS[TASKS[task].metric][0]}" for task in rows.setting.tasks
     )
-    return markdown(("", "learning rate", "held-out loss", "perplexity", f"answers ({measures})"), lines)
+    head = ("", "steps", "learning rate", "held-out loss", "perplexity", f"answers ({measures})")
+    return markdown(head, lines)
 
 
 def differences(rows: Rows) -> str:
     """LoRA minus full fine-tuning, seed by seed."""
     lines = []
-    for task in rows.setting.tasks:
-        for name, figure, less in (
-            ("loss", lambda f, t=task: f["test"][t], True),
-            (METRICS[TASKS[task].metric][0], lambda f: f["metric"], False),
-        ):
-            found = pair(rows, task, figure)
-            digits = 3 if less else 1
-            seeds = ", ".join(f"{d:+.{digits}f}" for d in found.differences) or MISSING
-            lines.append((f"{TASKS[task].title}, {name}", seeds, apart(found, digits), verdict(found, less)))
-    return markdown(("", "LoRA minus full, each seed", "mean", ""), lines)
+    for leg, steps in legs(rows.setting):
+        for task in rows.setting.tasks:
+            for name, figure, less in (
+                ("loss", lambda f, t=task: f["test"][t], True),
+                (METRICS[TASKS[task].metric][0], lambda f: f["metric"], False),
+            ):
+                found = pair(rows, task, figure, leg)
+                digits = 3 if less else 1
+                seeds = ", ".join(f"{d:+.{digits}f}" for d in found.differences) or MISSING
+                told = (seeds, apart(found, digits), verdict(found, less))
+                lines.append((f"{TASKS[task].title}, {name}", f"{steps}", *told))
+    return markdown(("", "steps", "LoRA minus full, each seed", "mean", ""), lines)
 
 
 def rates(rows: Rows) -> str:
     """The losses on the tuning rows by which the rates were chosen."""
     lines = []
-    for task in rows.setting.tasks:
-        for method in BOTH:
-            found = tried(rows, task, method)
-            if found:
-                best = best_rate(rows, task, method)
-                edge = " (edge)" * (best in (min(found), max(found)))
-                cells = [_tuned(found.get(rate), rate == best) + edge * (rate == best) for rate in ALL_RATES]
-                lines.append((f"{TASKS[task].title}: {METHODS[method].title}", *cells))
-    used = [n for n in range(len(ALL_RATES)) if any(line[n + 1] for line in lines)]
-    short = [(line[0], *(line[n + 1] for n in used)) for line in lines]
-    return markdown(("", *(rate_text(ALL_RATES[n]) for n in used)), short)
-
-
-def longer(rows: Rows) -> str:
-    """The losses on the tuning rows of short and of longer runs, and the test loss at the best rate."""
-    task, setting, lines = rows.setting.main_task, rows.setting, []
-    for method in BOTH:
-        for kind, steps in (("tune", setting.steps), ("long", setting.long_steps)):
-            if found := tried(rows, task, method, kind):
-                best = min(found, key=found.__getitem__)
-                row = rows.get(Job(kind, task, method, best, TUNING_SEED)) or {}
-                test = f"{row['test']:.3f}" if row.get("test") is not None else MISSING
-                cells = [_tuned(found.get(rate), rate == best) for rate in ALL_RATES]
-                lines.append((f"{METHODS[method].title}, {steps} steps", *cells, test))
-    used = [n for n in range(len(ALL_RATES)) if any(line[n + 1] for line in lines)]
-    short = [(line[0], *(line[n + 1] for n in used), line[-1]) for line in lines]
-    return markdown(("", *(rate_text(ALL_RATES[n]) for n in used), "held out, best rate"), short)
+    for leg, steps in legs(rows.setting):
+        for task in rows.setting.tasks:
+            for method in BOTH:
+                if found := tried(rows, task, method, leg):
+                    best = best_rate(rows, task, method, leg)
+                    edge = " (edge)" * (best in (min(found), max(found)))
+                    cells = [
+                        _tuned(found.get(rate), rate == best) + edge * (rate == best) for rate in ALL_RATES
+                    ]
+                    lines.append((f"{TASKS[task].title}: {NAMES[method]}", f"{steps}", *cells))
+    used = [n for n in range(len(ALL_RATES)) if any(line[n + 2] for line in lines)]
+    short = [(*line[:2], *(line[n + 2] for n in used)) for line in lines]
+    return markdown(("", "steps", *(rate_text(ALL_RATES[n]) for n in used)), short)
 
 
 def default_rate(rows: Rows) -> str:
     """What `onebase train`'s rate and its former one give, beside the best rate that was tried."""
     task, rates, lines = rows.setting.main_task, (FORMER_DEFAULT, OptimConfig().lr), []
-    for kind, steps in (("tune", rows.setting.steps), ("long", rows.setting.long_steps)):
-        found = tried(rows, task, LORA, kind)
+    for leg, steps in legs(rows.setting):
+        found = tried(rows, task, LORA, leg)
         best = min(found, key=found.__getitem__, default=None)
-        ran = [rows.get(Job(kind, task, LORA, rate, TUNING_SEED)) for rate in rates]
+        ran = [rows.get(Job(leg.tune, task, LORA, rate, TUNING_SEED)) for rate in rates]
         losses = [row and (math.inf if row["tune"] is None else row["tune"]) for row in ran]
         cells = [MISSING if loss is None else _tuned(loss, False) for loss in losses]
         told = f"{found[best]:.3f} at {rate_text(best)}" if best else MISSING
@@ -124,28 +107,24 @@ def labels(rows: Rows) -> str:
     """Classes by an encoder: the constant answer and both methods."""
     task = rows.setting.label_task
     lines = []
-    if base := rows.get(Job("label-base", task)):
+    if base := rows.get(Job(LABELLED.base, task)):
         test = base["test"]
         lines.append(("the commonest class", "-", f"{test['loss']:.3f}", *_percent([test])))
-    for method in (FULL, LORA):
-        found = label_finals(rows, method)
-        rate = rate_text(best_rate(rows, task, method, "label-tune"))
-        name = "LoRA" if method == LORA else "full fine-tuning"
-        lines.append(
-            (name, rate, spread([f["test"]["loss"] for f in found]), *_percent([f["test"] for f in found]))
-        )
+    for method, name in NAMES.items():
+        found = [f["test"] for f in finals_of(rows, task, method, LABELLED)]
+        rate = rate_text(best_rate(rows, task, method, LABELLED))
+        lines.append((name, rate, spread([f["loss"] for f in found]), *_percent(found)))
     return markdown(("", "learning rate", "held-out loss", "accuracy, %", "macro F1, %"), lines)
 
 
 def vectors(rows: Rows) -> str:
     """Texts that say the same, found by an encoder's vectors: the base and both methods."""
     task, lines = rows.setting.pair_task, []
-    if base := rows.get(Job("pair-base", task)):
+    if base := rows.get(Job(PAIRED.base, task)):
         lines.append(("base", "-", f"{base['test']['loss']:.3f}", *_found([base["test"]])))
-    for method in (FULL, LORA):
-        found = [f["test"] for f in pair_finals(rows, method)]
-        rate = rate_text(best_rate(rows, task, method, "pair-tune"))
-        name = "LoRA" if method == LORA else "full fine-tuning"
+    for method, name in NAMES.items():
+        found = [f["test"] for f in finals_of(rows, task, method, PAIRED)]
+        rate = rate_text(best_rate(rows, task, method, PAIRED))
         lines.append((name, rate, spread([f["loss"] for f in found]), *_found(found)))
     return markdown(("", "learning rate", "held-out loss", "accuracy@1, %", "MRR@10"), lines)
 
@@ -172,7 +151,7 @@ def precision(rows: Rows) -> str:
     task, seed, lines = rows.setting.main_task, rows.setting.seeds[0], []
     for method in BOTH:
         rate = best_rate(rows, task, method) or 0.0
-        found = [rows.get(Job("final", task, name, rate, seed)) for name in (method, f"{method}-fp32")]
+        found = [rows.get(Job(SHORT.final, task, name, rate, seed)) for name in (method, f"{method}-fp32")]
         cells = [f"{f['test'][task]:.4f}" if f else MISSING for f in found]
         off = [f"{f['first_off']:.1e}" if f else MISSING for f in found]
         lines.append((METHODS[method].title, *cells, *off))
@@ -184,7 +163,6 @@ QUALITY: dict[str, Callable[[Rows], str]] = {
     "quality": quality,
     "differences": differences,
     "rates": rates,
-    "longer": longer,
     "default_rate": default_rate,
     "labels": labels,
     "vectors": vectors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KNOWN = 16  # rows that a scarce run has learnt, by which it is looked at
 TUNING_SEED = 100  # the seed of all runs that choose a learning rate; no reported run has it
@@ -28,7 +28,9 @@ class Setting:
     learned_ranks: tuple[int, ...]  # that are trained
     scarce: tuple[int, ...]  # how many rows there are to learn from
     scarce_steps: int
-    long_steps: int  # of the runs that ask whether longer ones want other rates
+    long_steps: int  # of the longer runs
+    long_test_rows: int  # held out, reported of them; as many as there are, where there are fewer
+    long_answers: int
     label_task: str  # classes, on an encoder
     label_base: str
     label_steps: int
@@ -45,6 +47,11 @@ class Setting:
     def main_task(self) -> str:
         """The task of the experiments that take one."""
         return self.tasks[0]
+
+    @property
+    def wide(self) -> Setting:
+        """The same with the held-out rows of the longer runs."""
+        return replace(self, test_rows=self.long_test_rows, answers=self.long_answers)
 
 
 REAL = Setting(
@@ -65,6 +72,8 @@ REAL = Setting(
     scarce=(16, 64, 256, 1024),
     scarce_steps=32,
     long_steps=80,
+    long_test_rows=200,
+    long_answers=100,
     label_task="rating",
     label_base="minilm",
     label_steps=60,
@@ -95,6 +104,8 @@ QUICK = Setting(
     scarce=(8, 32),
     scarce_steps=3,
     long_steps=6,
+    long_test_rows=12,
+    long_answers=3,
     label_task="asks",
     label_base="tiny",
     label_steps=4,

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from statistics import mean, median
 
 from benchmarks.evidence.lookup import (
-    final_rows,
     finals_of,
+    main_losses,
     matrix_losses,
-    other_loss,
-    pair,
+    others,
     rounded_runs,
-    scarce_curve,
+    scarce_runs,
     step_runs,
 )
 from benchmarks.evidence.plan import (
@@ -22,13 +21,12 @@ from benchmarks.evidence.plan import (
     STEP_SIDES,
     Job,
     best_rate,
-    tried,
+    legs,
     variants,
 )
 from benchmarks.evidence.rows import Rows
-from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import METRICS, TASKS
-from benchmarks.evidence.text import MISSING, markdown, megabytes, rate_text, spread, verdict
+from benchmarks.evidence.text import MISSING, NAMES, markdown, megabytes, rate_text, spread, verdict
 
 SIDES = {
     "engine": "LoRA, onebase's engine",
@@ -127,30 +125,34 @@ def costs(rows: Rows) -> str:
 
 def forgetting(rows: Rows) -> str:
     """How the loss on each task's test rows moved, by what was trained."""
-    base, lines = rows.get(Job("base")), []
-    for task in rows.setting.tasks:
-        for method in (FULL, LORA):
-            found = finals_of(rows, task, method)
-            if base and found:
-                cells = [
-                    spread([f["test"][other] - base["test"][other] for f in found])
-                    for other in rows.setting.tasks
-                ]
-                name = "LoRA" if method == LORA else "full fine-tuning"
-                lines.append((f"{TASKS[task].title}, {name}", *cells))
-    return markdown(("trained on", *(f"{TASKS[task].title}" for task in rows.setting.tasks)), lines)
+    lines = []
+    for leg, steps in legs(rows.setting):
+        base = rows.get(Job(leg.base))
+        for task in rows.setting.tasks:
+            for method, name in NAMES.items():
+                found = finals_of(rows, task, method, leg)
+                if base and found:
+                    cells = [
+                        spread([f["test"][other] - base["test"][other] for f in found])
+                        for other in rows.setting.tasks
+                    ]
+                    lines.append((f"{TASKS[task].title}, {name}", f"{steps}", *cells))
+    return markdown(("trained on", "steps", *(TASKS[task].title for task in rows.setting.tasks)), lines)
 
 
 def forgetting_verdicts(rows: Rows) -> str:
-    base = rows.get(Job("base"))
+    """The mean change of the other tasks' loss, of both methods and seed by seed."""
     lines = []
-    for task in rows.setting.tasks if base else ():
-        found = pair(rows, task, lambda f, t=task: other_loss(f, base, t, rows.setting.tasks))  # pyright: ignore[reportArgumentType]
-        seeds = ", ".join(f"{d:+.3f}" for d in found.differences) or MISSING
-        told = verdict(found, words=("lower", "lower"))
-        lines.append((TASKS[task].title, spread(found.lora), spread(found.full), seeds, told))
+    for leg, steps in legs(rows.setting):
+        for task in rows.setting.tasks:
+            found = others(rows, task, leg)
+            seeds = ", ".join(f"{d:+.3f}" for d in found.differences) or MISSING
+            told = verdict(found, words=("lower", "lower"))
+            means = (spread(found.lora), spread(found.full))
+            lines.append((TASKS[task].title, f"{steps}", *means, seeds, told))
     head = (
         "trained on",
+        "steps",
         "others' loss, LoRA",
         "others' loss, full fine-tuning",
         "LoRA minus full, each seed",
@@ -163,26 +165,26 @@ def forgetting_verdicts(rows: Rows) -> str:
 
 
 def scarce(rows: Rows) -> str:
+    """What runs on few rows came to, the mean of the seeds."""
     lines = []
     for count in rows.setting.scarce:
-        for method in (FULL, LORA):
-            if curve := scarce_curve(rows, method, count):
-                best = min(curve, key=lambda point: point["test"])
-                last, name = curve[-1], "LoRA" if method == LORA else "full fine-tuning"
-                passes = rows.setting.scarce_steps * rows.setting.batch_size / count
+        passes = rows.setting.scarce_steps * rows.setting.batch_size / count
+        for method, name in NAMES.items():
+            if found := scarce_runs(rows, method, count):
+                steps = sorted({run.step for run in found})
                 lines.append(
                     (
                         f"{count:,} rows, {name}",
                         f"{passes:g}",
-                        f"{last['train']:.3f}",
-                        f"{last['test']:.3f}",
-                        f"{last['test'] - last['train']:.3f}",
-                        f"{best['test']:.3f} (step {best['step']:g})",
+                        f"{mean(run.learnt for run in found):.3f}",
+                        spread([run.held_out for run in found]),
+                        spread([run.best for run in found]),
+                        ", ".join(f"{step:g}" for step in steps),
+                        spread([run.rise for run in found]),
                     )
                 )
-    return markdown(
-        ("", "passes", "loss on learnt rows, end", "held out, end", "gap", "held out, best"), lines
-    )
+    head = ("", "passes", "learnt rows, end", "held out, end", "held out, best", "at step", "rise after it")
+    return markdown(head, lines)
 
 
 # -- 7
@@ -208,21 +210,17 @@ def matrix(rows: Rows) -> str:
 
 
 def where(rows: Rows) -> str:
-    """Place and size of the adapter against the loss, one seed to tune by and the others to report."""
+    """Place and size of the adapter against the held-out loss, after short runs and after longer ones."""
     task, lines = rows.setting.main_task, []
     for method in (FULL, LORA, *sorted(variants(rows.setting), key=_order)):
-        found = tried(rows, task, method)
-        if not found:
-            continue
-        settled = best_rate(rows, task, method)
-        rate = settled or min(found, key=found.__getitem__)
-        one = rows.get(Job("tune", task, method, rate, TUNING_SEED)) or {}
-        told = rate_text(rate) + ("" if settled else f" ({len(found)} tried)")
-        trained = f"{one['trained']:,}" if one.get("trained") else MISSING
-        test = f"{one['test']:.3f}" if one.get("test") is not None else MISSING
-        losses = [f["test"][task] for f in final_rows(rows, task, method, settled)]
-        lines.append((METHODS[method].title, trained, told, test, spread(losses)))
-    return markdown(("", "trained", "learning rate", "held out, tuning seed", "held out, other seeds"), lines)
+        cells, trained = [], MISSING
+        for leg, _ in legs(rows.setting):
+            found = finals_of(rows, task, method, leg)
+            trained = f"{found[0]['trained']:,}" if found else trained
+            cells += [rate_text(best_rate(rows, task, method, leg)), spread(main_losses(rows, method, leg))]
+        lines.append((METHODS[method].title, trained, *cells))
+    heads = [(f"learning rate, {steps} steps", f"held out, {steps} steps") for _, steps in legs(rows.setting)]
+    return markdown(("", "trained", *(name for pair in heads for name in pair)), lines)
 
 
 def _order(method: str) -> tuple[int, int]:

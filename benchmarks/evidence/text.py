@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from benchmarks.evidence.lookup import Pair
+from benchmarks.evidence.plan import FULL, LORA
 
 MISSING = "not run"
+NAMES = {FULL: "full fine-tuning", LORA: "LoRA"}  # in the order of the tables
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

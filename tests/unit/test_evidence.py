@@ -18,7 +18,18 @@ from benchmarks.evidence.learn import (
 )
 from benchmarks.evidence.lookup import Pair
 from benchmarks.evidence.pictures import PICTURES, svg
-from benchmarks.evidence.plan import ALL_RATES, FULL, LORA, METHODS, Job, search, wanted
+from benchmarks.evidence.plan import (
+    ALL_RATES,
+    FULL,
+    LONG,
+    LORA,
+    METHODS,
+    SHORT,
+    Job,
+    rates_from,
+    search,
+    wanted,
+)
 from benchmarks.evidence.quantise import rounded, stored_bytes
 from benchmarks.evidence.render import PAGE, page
 from benchmarks.evidence.render import PICTURES as DRAWN
@@ -106,9 +117,11 @@ def test_reported_runs_follow_their_search_and_have_another_seed():
     order = run_all()
     assert len(order) == len(set(order))
     for place, job in enumerate(order):
-        if job.kind == "final" and job.method in (LORA, FULL):
-            tried = [j for j in order[:place] if j[:3] == ("tune", job.task, job.method)]
-            assert len(tried) == 3
+        for leg in (SHORT, LONG):
+            if job.kind != leg.final or job.method not in (LORA, FULL):
+                continue
+            tried = [j for j in order[:place] if j[:3] == (leg.tune, job.task, job.method)]
+            assert {j.lr for j in tried} >= set(rates_from(METHODS[job.method].start))
             assert {j.seed for j in tried} == {TUNING_SEED} != {job.seed}
             assert job.lr == METHODS[job.method].start
 
@@ -121,13 +134,16 @@ def test_timed_runs_wait_to_be_asked_for():
 
 def test_only_runs_what_a_claim_needs():
     assert {job.kind for job in run_all(only=frozenset({2}))} == {"sizes"}
-    assert {job.kind for job in run_all(only=frozenset({7}))} == {"base", "tune", "final", "swap"}
+    longer = {"long-base", "long", "long-final"}
+    assert {job.kind for job in run_all(only=frozenset({7}))} == {"tune", "final", *longer, "swap"}
 
 
 def test_a_key_holds_what_decides_the_numbers_and_nothing_else():
     tune, timed = Job("tune", "e2e", LORA, 1e-3, 1), Job("step", "e2e", "engine float32")
     assert tune.key(REAL) != tune.key(replace(REAL, steps=21))
     assert tune.key(REAL) == tune.key(replace(REAL, timed_steps=7))
+    final = Job(LONG.final, "e2e", LORA, 1e-3, 1)
+    assert final.key(REAL) not in {final.key(replace(REAL, **{f: 7})) for f in ("long_answers", "long_steps")}
     assert timed.key(REAL) != timed.key(replace(REAL, timed_steps=7))
     keys = {tune._replace(method=method).key(REAL) for method in METHODS}
     assert len(keys) == len(METHODS)
