@@ -144,12 +144,18 @@ class Bench:
             base, rows = self.paired
             config = optim_config(method, job.lr, setting.pair_steps, setting.pair_batch)
             return Course(base, lambda: copied(base), rows.train, rows.test, config)
-        more = {"scarce": setting.scarce_steps, LONG.tune: setting.long_steps, LONG.final: setting.long_steps}
-        steps = more.get(job.kind, setting.steps)
-        config = optim_config(method, job.lr, steps, setting.batch_size)
         task = self.task(job.task)
         rows = task.train[: job.rows or setting.pool]
+        config = optim_config(method, job.lr, *self.length(job.kind, len(rows)))
         return Course(self.base_of(method), lambda: open_base(setting, "float32"), rows, task.test, config)
+
+    def length(self, kind: str, rows: int) -> tuple[int, int]:
+        """Steps, and rows of a batch, of a run on a task with answers."""
+        setting = self.setting
+        if kind == "usual":
+            return setting.usual_epochs * -(-rows // setting.usual_batch), setting.usual_batch
+        more = {"scarce": setting.scarce_steps, LONG.tune: setting.long_steps, LONG.final: setting.long_steps}
+        return more.get(kind, setting.steps), setting.batch_size
 
 
 def copied(base: Base) -> Base:
@@ -352,6 +358,7 @@ RUN: Mapping[str, Callable[[Bench, Job], Found]] = {
     "sizes": run_sizes,
     "tune": run_tune,
     "long": run_tune,
+    "usual": run_tune,
     "label-base": run_labels,
     "label-tune": run_labels,
     "label-final": run_labels,

@@ -15,6 +15,8 @@ FULL, LORA = "full", "lora"
 BOTH = (LORA, FULL)
 ALL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FORMER_DEFAULT = 5e-4  # `onebase train`'s rate before these rows
+DEFAULT = OptimConfig().lr
+USUAL_RATES = (FORMER_DEFAULT, DEFAULT, 3e-3)
 MOVES = 2  # how often a search goes on beyond its edge
 
 
@@ -89,6 +91,7 @@ KINDS: dict[str, Kind] = {
     "tune": Kind(1, LEARNT),  # a learning rate tried on the tuning seed and rows
     "final": Kind(1, LEARNT),  # a reported run
     "long": Kind(1, (*LEARNT, "long_steps")),  # a rate tried over more steps
+    "usual": Kind(1, (*SEEN, "usual_epochs", "usual_batch")),  # a rate by the usual number of passes
     "long-base": Kind(1, WIDE),  # as base and final, over more steps and on more rows
     "long-final": Kind(1, WIDE_LEARNT),
     "label-base": Kind(1, LABELS),  # the constant answer
@@ -316,9 +319,17 @@ def longer(setting: Setting, view: View) -> Wanted:
 
 def default_rate(setting: Setting, view: View) -> Wanted:
     """LoRA at `onebase train`'s own rate and at its former one, in short runs and in longer ones."""
-    for leg in (SHORT, LONG):
-        for rate in (OptimConfig().lr, FORMER_DEFAULT):
-            yield Job(leg.tune, setting.main_task, LORA, rate, TUNING_SEED)
+    for task in setting.tasks:
+        for leg in (SHORT, LONG):
+            for rate in (DEFAULT, FORMER_DEFAULT):
+                yield Job(leg.tune, task, LORA, rate, TUNING_SEED)
+
+
+def usual(setting: Setting, view: View) -> Wanted:
+    """The same question of runs as long as `onebase train`'s."""
+    for task in setting.tasks:
+        for rate in USUAL_RATES:
+            yield Job("usual", task, LORA, rate, TUNING_SEED)
 
 
 def labels(setting: Setting, view: View) -> Wanted:
@@ -370,6 +381,7 @@ PHASES = (
     Phase((8,), where_final),
     Phase((1, 4, 5, 7), longer),
     Phase((7,), swap),
+    Phase((4,), usual),
     Phase((8,), where_longer),
 )
 

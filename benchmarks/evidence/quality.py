@@ -10,12 +10,12 @@ from benchmarks.evidence.lookup import finals_of, pair
 from benchmarks.evidence.plan import (
     ALL_RATES,
     BOTH,
-    FORMER_DEFAULT,
     LABELLED,
     LORA,
     METHODS,
     PAIRED,
     SHORT,
+    USUAL_RATES,
     Job,
     best_rate,
     legs,
@@ -25,7 +25,6 @@ from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import TUNING_SEED
 from benchmarks.evidence.tasks import METRICS, TASKS
 from benchmarks.evidence.text import MISSING, NAMES, apart, markdown, rate_text, spread, verdict
-from onebase.config import OptimConfig
 
 
 def quality(rows: Rows) -> str:
@@ -90,17 +89,18 @@ def rates(rows: Rows) -> str:
 
 
 def default_rate(rows: Rows) -> str:
-    """What `onebase train`'s rate and its former one give, beside the best rate that was tried."""
-    task, rates, lines = rows.setting.main_task, (FORMER_DEFAULT, OptimConfig().lr), []
-    for leg, steps in legs(rows.setting):
-        found = tried(rows, task, LORA, leg)
-        best = min(found, key=found.__getitem__, default=None)
-        ran = [rows.get(Job(leg.tune, task, LORA, rate, TUNING_SEED)) for rate in rates]
-        losses = [row and (math.inf if row["tune"] is None else row["tune"]) for row in ran]
-        cells = [MISSING if loss is None else _tuned(loss, False) for loss in losses]
-        told = f"{found[best]:.3f} at {rate_text(best)}" if best else MISSING
-        lines.append((f"{steps} steps", *cells, told))
-    return markdown(("", *(f"at {rate_text(rate)}" for rate in rates), "best rate tried"), lines)
+    """LoRA at the former default rate, the present one and a higher one: loss on the tuning rows."""
+    setting, lines = rows.setting, []
+    runs = [(leg.tune, f"{steps} steps of {setting.batch_size}") for leg, steps in legs(setting)]
+    runs.append(("usual", f"{setting.usual_epochs} epochs, batches of {setting.usual_batch}"))
+    for task in setting.tasks:
+        for kind, told in runs:
+            found = [rows.get(Job(kind, task, LORA, rate, TUNING_SEED)) for rate in USUAL_RATES]
+            losses = [math.inf if row and row["tune"] is None else row and row["tune"] for row in found]
+            least = min((loss for loss in losses if loss is not None), default=None)
+            cells = [MISSING if loss is None else _tuned(loss, loss == least) for loss in losses]
+            lines.append((f"{TASKS[task].title}, {told}", *cells))
+    return markdown(("", *(f"at {rate_text(rate)}" for rate in USUAL_RATES)), lines)
 
 
 def labels(rows: Rows) -> str:

@@ -14,14 +14,13 @@ from benchmarks.evidence.lookup import finals_of
 from benchmarks.evidence.papers import papers
 from benchmarks.evidence.pictures import PICTURES as DRAWN
 from benchmarks.evidence.pictures import svg
-from benchmarks.evidence.plan import BOTH, FORMER_DEFAULT, LABELLED, LORA, PAIRED, SHORT, Job, legs
+from benchmarks.evidence.plan import BOTH, DEFAULT, FORMER_DEFAULT, LABELLED, LORA, PAIRED, SHORT, Job, legs
 from benchmarks.evidence.quality import QUALITY
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.settings import KNOWN
 from benchmarks.evidence.tables import TABLES
 from benchmarks.evidence.tasks import METRICS, TASKS
 from benchmarks.evidence.text import MISSING, rate_text
-from onebase.config import OptimConfig
 from onebase.files import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +69,7 @@ def facts(rows: Rows) -> dict[str, Any]:
         ),
         "swap": rows.get(Job("swap")),
         "known": KNOWN,
-        "default_rate": rate_text(OptimConfig().lr),
+        "default_rate": rate_text(DEFAULT),
         "former_rate": rate_text(FORMER_DEFAULT),
         "classes": rows.get(Job(LABELLED.base, setting.label_task)),
         "vectors": rows.get(Job(PAIRED.base, setting.pair_task)),

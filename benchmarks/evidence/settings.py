@@ -31,6 +31,8 @@ class Setting:
     long_steps: int  # of the longer runs
     long_test_rows: int  # held out, reported of them; as many as there are, where there are fewer
     long_answers: int
+    usual_epochs: int  # of runs as `onebase train` does them where it is told nothing but the rows
+    usual_batch: int
     label_task: str  # classes, on an encoder
     label_base: str
     label_steps: int
@@ -74,6 +76,8 @@ REAL = Setting(
     long_steps=80,
     long_test_rows=200,
     long_answers=100,
+    usual_epochs=3,
+    usual_batch=16,
     label_task="rating",
     label_base="minilm",
     label_steps=60,
@@ -106,6 +110,8 @@ QUICK = Setting(
     long_steps=6,
     long_test_rows=12,
     long_answers=3,
+    usual_epochs=1,
+    usual_batch=16,
     label_task="asks",
     label_base="tiny",
     label_steps=4,

@@ -132,6 +132,12 @@ def test_timed_runs_wait_to_be_asked_for():
     assert run_all(quiet=True)[0].kind == "step"
 
 
+def test_usual_runs_are_as_long_as_those_of_onebase_train():
+    usual = OptimConfig()
+    assert (REAL.usual_epochs, REAL.usual_batch) == (usual.epochs, usual.batch_size)
+    assert (QUICK.usual_batch, usual.lr) == (usual.batch_size, 1e-3)
+
+
 def test_only_runs_what_a_claim_needs():
     assert {job.kind for job in run_all(only=frozenset({2}))} == {"sizes"}
     longer = {"long-base", "long", "long-final"}
