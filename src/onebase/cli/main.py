@@ -144,6 +144,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+SPINS = "1000"  # what GNU's OpenMP itself takes where there are more threads than cores
 USAGE = "usage: onebase COMMAND [options]"
 
 
@@ -152,9 +153,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Before tokenizers is imported: rows are encoded on all cores, without a warning at each process that is started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    settle_threads()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("onebase").setLevel(logging.INFO)
     return guarded(lambda: _dispatch(arguments))
+
+
+def settle_threads() -> None:
+    """Let torch's threads sleep after some microseconds of waiting for each other; before torch is imported.
+
+    GNU's OpenMP lets them spin 300,000 times, milliseconds at each product in which the one that is waited for has no
+    core while another program is at work (docs/performance.md, "On a busy machine"). What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def guarded(run: Callable[[], int]) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
 import pytest
 
-from onebase.cli.main import load
+from onebase.cli.main import SPINS, load, settle_threads
 
 QUICK = (["--help"], ["--version"], ["train", "--help"], ["inspect", "--help"], ["serve", "--help"])
 
@@ -16,9 +17,11 @@ QUICK = (["--help"], ["--version"], ["train", "--help"], ["inspect", "--help"], 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_what_needs_no_torch_loads_none(arguments):
     code = f"""
+import os
 import sys
 from onebase.cli.main import main
 assert main({arguments}) == 0
+assert {{"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}} & os.environ.keys()
 print(sorted({{"torch", "transformers", "numpy"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -60,3 +63,14 @@ def test_a_module_that_fails_leaves_the_collector_on():
         load("onebase.cli.no_such_command")
     assert gc.isenabled()
     gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing set", "the user's count", "the user's policy"],
+)
+def test_threads_sleep_early_unless_the_user_says_how_they_wait(given, spins, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    settle_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
