@@ -6,7 +6,6 @@ from statistics import mean, median
 
 from benchmarks.evidence.lookup import (
     Pair,
-    common_leg,
     main_losses,
     others,
     pair,
@@ -130,23 +129,20 @@ def _many(rows: Rows) -> str:
 
 def _where(rows: Rows) -> str:
     """Places at as many values, and ranks, beside how far LoRA's own seeds are apart."""
-    setting = rows.setting
-    ranked = [*(f"rank-{rank}" for rank in setting.learned_ranks), LORA]
-    found = common_leg(rows, (LORA, *variants(setting)))
-    if found is None:
+    known = main_losses(rows, (LORA, *variants(rows.setting)))
+    if not known:
         return ""
-    leg, steps = found
-    known = {method: mean(main_losses(rows, method, leg)) for method in (LORA, *variants(setting))}
+    means = {method: mean(losses) for method, losses in known.items()}
     told = [
-        f"{METHODS[method].title} {known[method] - known[LORA]:+.3f} nats against all linear"
+        f"{METHODS[method].title} {means[method] - means[LORA]:+.3f} nats against all linear"
         for method in ("mlp-even", "attention-even")
     ]
-    ranks = [known[name] for name in ranked]
+    ranks = [means[name] for name in (*(f"rank-{rank}" for rank in rows.setting.learned_ranks), LORA)]
     told.append(f"{len(ranks)} ranks within {max(ranks) - min(ranks):.3f}")
-    seeds = main_losses(rows, LORA, leg)
+    seeds = known[LORA]
     if len(seeds) > 1:
         told.append(f"LoRA's own seeds within {max(seeds) - min(seeds):.3f}")
-    return f"{'; '.join(told)} ({steps} steps)"
+    return f"{'; '.join(told)} ({rows.setting.steps} steps)"
 
 
 def _quantised(rows: Rows) -> str:

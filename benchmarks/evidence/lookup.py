@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.plan import BOTH, LONG, LORA, QUANTISED, SHORT, Job, Leg, best_rate, legs
+from benchmarks.evidence.plan import BOTH, LONG, LORA, QUANTISED, SHORT, Job, Leg, best_rate
 from benchmarks.evidence.rows import Rows
 
 Found = Mapping[str, Any]
@@ -23,21 +23,12 @@ def finals_of(rows: Rows, task: str, method: str, leg: Leg = SHORT) -> list[Foun
     return [found for found in final_rows(rows, task, method, leg) if found is not None]
 
 
-def common_leg(rows: Rows, methods: Iterable[str]) -> tuple[Leg, int] | None:
-    """The longest runs, with their steps, that all these methods have of the main task with every seed."""
-    task, names = rows.setting.main_task, list(methods)
-    for leg, steps in reversed(legs(rows.setting)):
-        if all(all(final_rows(rows, task, method, leg)) for method in names):
-            return leg, steps
-    return None
-
-
-def main_losses(rows: Rows, method: str, leg: Leg) -> list[float]:
-    """The main task's held-out loss of each reported run."""
-    return [
-        found["test"][rows.setting.main_task]
-        for found in finals_of(rows, rows.setting.main_task, method, leg)
-    ]
+def main_losses(rows: Rows, methods: Iterable[str]) -> dict[str, list[float]]:
+    """Each method's held-out loss of the main task, by seed; nothing where one of them has not got every seed."""
+    task = rows.setting.main_task
+    found = {method: finals_of(rows, task, method) for method in methods}
+    whole = all(len(one) == len(rows.setting.seeds) for one in found.values())
+    return {method: [run["test"][task] for run in one] for method, one in found.items()} if whole else {}
 
 
 def step_runs(rows: Rows, side: str, dtype: str) -> list[Found]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from benchmarks.evidence.lookup import common_leg, main_losses, others, pair, step_runs
+from benchmarks.evidence.lookup import main_losses, others, pair, step_runs
 from benchmarks.evidence.plan import BOTH, FULL, LORA, METHODS, Job, Leg, best_rate, legs
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.tasks import TASKS
@@ -70,17 +70,14 @@ def kept_more(rows: Rows) -> str:
 
 
 def compared(rows: Rows, *methods: str) -> str:
-    """The methods from the least loss to the most, by the longest runs that all of them have."""
-    found = common_leg(rows, (LORA, *methods))
-    if found is None:
+    """The methods from the least loss to the most."""
+    losses = main_losses(rows, methods)
+    if not losses:
         return ""
-    leg, steps = found
-    losses = {method: main_losses(rows, method, leg) for method in methods}
     order = sorted(methods, key=lambda method: mean(losses[method]))
     told = ", ".join(f"{METHODS[method].title} {mean(losses[method]):.3f}" for method in order)
-    own = main_losses(rows, LORA, leg)
-    noise = f"; LoRA's own deviation between seeds is {stdev(own):.3f}" if len(own) > 1 else ""
-    return f"{told} ({steps} steps, {len(own)} seeds{noise})"
+    own = losses[LORA]
+    return f"{told} (LoRA's own deviation between seeds is {stdev(own):.3f})" if len(own) > 1 else told
 
 
 def places(rows: Rows) -> str:

@@ -11,7 +11,6 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.lookup import (
-    common_leg,
     finals_of,
     main_losses,
     matrix_losses,
@@ -19,7 +18,7 @@ from benchmarks.evidence.lookup import (
     pair,
     scarce_curves,
 )
-from benchmarks.evidence.plan import BOTH, FULL, LORA, SHORT, Job, Leg, legs, tried, variants
+from benchmarks.evidence.plan import BOTH, FULL, LORA, SHORT, Job, legs, tried, variants
 from benchmarks.evidence.rows import Rows
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.text import NAMES
@@ -151,19 +150,17 @@ PLACES = (  # mark, methods, label
 def where(rows: Rows) -> Figure:
     """Held-out loss against how much is trained, mean and deviation of the seeds: ranks as a line, places as points.
 
-    By the longest runs that all have. Grey: as far as LoRA's own seeds are apart.
+    Grey: as far as LoRA's own seeds are apart. Empty until all have been run.
     """
     figure, (axis,) = panels(1, 6.4, 3.2)
     axis.set(xlabel="trained values", ylabel="held-out loss, nats a token", xscale="log")
-    found = common_leg(rows, (FULL, LORA, *variants(rows.setting)))
-    if found is None:
+    losses = main_losses(rows, (FULL, LORA, *variants(rows.setting)))
+    if not losses:
         return figure
-    leg, steps = found
-    axis.set_title(f"after {steps} steps")
-    own = main_losses(rows, LORA, leg)
-    axis.axhspan(min(own), max(own), color="#dddddd", zorder=0, label="LoRA's seeds")
+    points = {name: _point(rows, name, losses[name]) for name in losses}
+    axis.axhspan(min(losses[LORA]), max(losses[LORA]), color="#dddddd", zorder=0, label="LoRA's seeds")
     ranks = sorted([(rank, f"rank-{rank}") for rank in rows.setting.learned_ranks] + [(16, LORA)])
-    line = [_point(rows, name, leg) for _, name in ranks]
+    line = [points[name] for _, name in ranks]
     axis.errorbar(
         *zip(*line, strict=True), fmt="o-", color=COLOURS[LORA], capsize=2, label="all linear, by rank"
     )
@@ -171,16 +168,15 @@ def where(rows: Rows) -> Figure:
         axis.annotate(f"{rank}", point[:2], (0, 5), textcoords="offset points", ha="center", fontsize=7)
     for mark, group, label in PLACES:
         colour = COLOURS[FULL] if FULL in group else "#009e73"
-        points = [_point(rows, name, leg) for name in group]
-        axis.errorbar(*zip(*points, strict=True), fmt=mark, color=colour, capsize=2, label=label)
+        some = [points[name] for name in group if name in points]
+        axis.errorbar(*zip(*some, strict=True), fmt=mark, color=colour, capsize=2, label=label)
     _legend(axis, figure)
     return figure
 
 
-def _point(rows: Rows, method: str, leg: Leg) -> tuple[int, float, float]:
+def _point(rows: Rows, method: str, losses: list[float]) -> tuple[int, float, float]:
     """Trained values, mean and standard deviation of the held-out loss."""
-    losses = main_losses(rows, method, leg)
-    trained = finals_of(rows, rows.setting.main_task, method, leg)[0]["trained"]
+    trained = finals_of(rows, rows.setting.main_task, method)[0]["trained"]
     return trained, mean(losses), stdev(losses) if len(losses) > 1 else 0.0
 
 

@@ -261,20 +261,15 @@ def where_first(setting: Setting, view: View) -> Wanted:
         yield Job(SHORT.tune, setting.main_task, method, METHODS[method].start, TUNING_SEED)
 
 
-def where_tuned(setting: Setting, view: View, leg: Leg = SHORT) -> Wanted:
+def where_tuned(setting: Setting, view: View) -> Wanted:
     for method in variants(setting):
-        yield from tuning(view, setting.main_task, method, leg)
+        yield from tuning(view, setting.main_task, method)
 
 
-def where_final(setting: Setting, view: View, leg: Leg = SHORT) -> Wanted:
+def where_final(setting: Setting, view: View) -> Wanted:
     for seed in setting.seeds:
         for method in variants(setting):
-            yield from finals(view, setting.main_task, method, (seed,), leg)
-
-
-def where_longer(setting: Setting, view: View) -> Wanted:
-    yield from where_tuned(setting, view, LONG)
-    yield from where_final(setting, view, LONG)
+            yield from finals(view, setting.main_task, method, (seed,))
 
 
 def scarce(setting: Setting, view: View) -> Wanted:
@@ -382,7 +377,6 @@ PHASES = (
     Phase((1, 4, 5, 7), longer),
     Phase((7,), swap),
     Phase((4,), usual),
-    Phase((8,), where_longer),
 )
 
 

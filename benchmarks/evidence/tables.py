@@ -7,7 +7,6 @@ from statistics import mean, median
 
 from benchmarks.evidence.lookup import (
     finals_of,
-    main_losses,
     matrix_losses,
     others,
     rounded_runs,
@@ -210,17 +209,14 @@ def matrix(rows: Rows) -> str:
 
 
 def where(rows: Rows) -> str:
-    """Place and size of the adapter against the held-out loss, after short runs and after longer ones."""
+    """Place and size of the adapter against the held-out loss."""
     task, lines = rows.setting.main_task, []
     for method in (FULL, LORA, *sorted(variants(rows.setting), key=_order)):
-        cells, trained = [], MISSING
-        for leg, _ in legs(rows.setting):
-            found = finals_of(rows, task, method, leg)
-            trained = f"{found[0]['trained']:,}" if found else trained
-            cells += [rate_text(best_rate(rows, task, method, leg)), spread(main_losses(rows, method, leg))]
-        lines.append((METHODS[method].title, trained, *cells))
-    heads = [(f"learning rate, {steps} steps", f"held out, {steps} steps") for _, steps in legs(rows.setting)]
-    return markdown(("", "trained", *(name for pair in heads for name in pair)), lines)
+        found = finals_of(rows, task, method)
+        trained = f"{found[0]['trained']:,}" if found else MISSING
+        losses = spread([one["test"][task] for one in found])
+        lines.append((METHODS[method].title, trained, rate_text(best_rate(rows, task, method)), losses))
+    return markdown(("", "trained", "learning rate", "held-out loss"), lines)
 
 
 def _order(method: str) -> tuple[int, int]:
