@@ -9,13 +9,13 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.evidence.settings import TUNING_SEED, Setting
-from onebase.config import OptimConfig
+from onebase.training.optim import USUAL_LR
 
 FULL, LORA = "full", "lora"
 BOTH = (LORA, FULL)
 ALL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FORMER_DEFAULT = 5e-4  # `onebase train`'s rate before these rows
-DEFAULT = OptimConfig().lr
+DEFAULT = USUAL_LR  # at the width of this base
 USUAL_RATES = (FORMER_DEFAULT, DEFAULT, 3e-3)
 MOVES = 2  # how often a search goes on beyond its edge
 

@@ -245,9 +245,9 @@ class OptimConfig:
     batch_size: int = opt(16, "rows in one forward pass (small batches suit LoRA: 'LoRA Without Regret')")
     accumulate: int = opt(1, "forward passes per optimiser step, weighted by their loss tokens")
     lr: float = opt(
-        1e-3,
-        "peak learning rate of A and B (docs/evidence.md, 4: on 135M parameters 3e-3 is the best of short runs "
-        "and 5e-4 too low; larger bases want less)",
+        0.0,
+        "peak learning rate of A and B (0: by the base's width, 1e-3 up to 576, by docs/evidence.md, 4, and less on "
+        "wider ones, 5e-4 at 2,304: docs/training.md)",
     )
     lora_plus: float = opt(
         1.0, "learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, suggests 16)"
@@ -284,9 +284,18 @@ class OptimConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "lr", "lora_plus", "eps"):
+        for name in ("epochs", "batch_size", "accumulate", "lora_plus", "eps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("max_steps", "warmup", "weight_decay", "clip", "eval_every", "patience", "save_every"):
+        for name in (
+            "lr",
+            "max_steps",
+            "warmup",
+            "weight_decay",
+            "clip",
+            "eval_every",
+            "patience",
+            "save_every",
+        ):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         require("keep", self.keep, self.keep >= 1, "at least 1")
         for name in ("beta1", "beta2"):

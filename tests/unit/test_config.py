@@ -104,7 +104,7 @@ def test_contradictions_name_both_options(kind: type, options: dict):
         (DataConfig, "loss_on", "prompt"),
         (DataConfig, "overlong", "cut"),
         (DataConfig, "allow", "no-such-gate"),
-        (OptimConfig, "lr", 0),
+        (OptimConfig, "lr", -1e-3),
         (OptimConfig, "clip", -1),
         (OptimConfig, "keep", 0),
         (OptimConfig, "beta2", 1.0),

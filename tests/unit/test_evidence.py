@@ -20,6 +20,7 @@ from benchmarks.evidence.lookup import Pair
 from benchmarks.evidence.pictures import PICTURES, svg
 from benchmarks.evidence.plan import (
     ALL_RATES,
+    DEFAULT,
     FULL,
     LONG,
     LORA,
@@ -46,6 +47,7 @@ from onebase.data.pack import step_rows
 from onebase.data.pairs import columns
 from onebase.errors import MissingFile
 from onebase.models.embedder import Embedder
+from onebase.training.optim import usual_lr
 from onebase.training.work import Load, product_flop, read_decoder, step_products
 
 
@@ -135,7 +137,8 @@ def test_timed_runs_wait_to_be_asked_for():
 def test_usual_runs_are_as_long_as_those_of_onebase_train():
     usual = OptimConfig()
     assert (REAL.usual_epochs, REAL.usual_batch) == (usual.epochs, usual.batch_size)
-    assert (QUICK.usual_batch, usual.lr) == (usual.batch_size, 1e-3)
+    assert (QUICK.usual_batch, usual.lr) == (usual.batch_size, 0)
+    assert usual_lr(576) == DEFAULT == 1e-3
 
 
 def test_only_runs_what_a_claim_needs():

@@ -34,7 +34,7 @@ from onebase.errors import BaseError
 from onebase.models.base import Base, load_base
 from onebase.models.scoring import Loss, choose, loss_tokens, scorer
 from onebase.storage.format import save_adapter
-from onebase.training.optim import make_optimizer
+from onebase.training.optim import USUAL_LR, make_optimizer
 from onebase.training.prepare import tokenizer_of
 from onebase.training.record import json_ready
 from onebase.training.speed import bound_seconds, measure, part_speed
@@ -134,7 +134,7 @@ def _task(base: Base, config: BenchConfig) -> _Task:
         base,
         replace(fresh, lowrank=low),
         [[rows[index] for index in batch] for batch in batches],
-        OptimConfig(batch_size=config.batch_size),
+        OptimConfig(lr=USUAL_LR, batch_size=config.batch_size),
     )
 
 

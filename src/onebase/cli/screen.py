@@ -65,6 +65,7 @@ def print_plan(plan: Plan, prediction: Prediction | None = None) -> None:
                 ),
                 *([("labels", plain(plan.labels))] if plan.labels else []),
                 ("optimiser steps", count(plan.steps)),
+                ("learning rate, at its peak", f"{plan.lr:.3g}"),
                 ("rows are scored by", plan.way),
                 ("memory, estimated", size(plan.memory)),
                 *(_times(prediction) if prediction else []),

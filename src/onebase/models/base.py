@@ -76,6 +76,12 @@ class Base:
         """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def width(self) -> int | None:
+        """Values of a hidden state; None where the model has no single number of them."""
+        config: Any = getattr(self.model, "config", None)
+        return getattr(config.get_text_config(), "hidden_size", None) if config else None
+
     def with_head(self, head: Head, seed: int = 0) -> Base:
         """This base with a freshly drawn head around its modules. Raises BaseError where it can have none."""
         model, drawn = add_head(self.model, head.outputs, seed, self.pad_id)

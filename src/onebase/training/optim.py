@@ -9,10 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from onebase.config import OptimConfig
-from onebase.errors import FormatError
+from onebase.errors import ConfigError, FormatError
 
 FUSED = ("cpu", "cuda")  # the devices where torch has AdamW as one kernel
 STATE = ("exp_avg", "exp_avg_sq", "step")
+USUAL_LR, MEASURED_WIDTH = 1e-3, 576  # docs/evidence.md, 4
+
+
+def usual_lr(width: int | None) -> float:
+    """The learning rate for a base of this width where none is named; `width`: None where a base has no single one.
+
+    What was measured, and on wider bases its root's law. From 1,024 to 4,096 that lies between, or within a tenth of,
+    what Schulman et al. 2025 fit to Llamas and to Qwens, 5e-4 · (2000 / width)^p with p of 0.78 and 0.08.
+    """
+    return USUAL_LR * min(1.0, MEASURED_WIDTH / (width or MEASURED_WIDTH)) ** 0.5
 
 
 def learned(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[str, nn.Parameter]:
@@ -21,7 +31,14 @@ def learned(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """PyTorch's AdamW; with lora_plus the B factors learn that many times faster (Hayou et al. 2024)."""
+    """PyTorch's AdamW; with lora_plus the B factors learn that many times faster (Hayou et al. 2024).
+
+    Raises ConfigError where the learning rate is the 0 that stands for a base's usual one.
+    """
+    if not config.lr:
+        raise ConfigError(
+            "option lr", "is 0: nothing would be learnt", hint="usual_lr gives that of a base's width"
+        )
     groups = [
         {"params": [p for n, p in parameters.items() if not n.endswith(".B")], "peak": config.lr},
         {

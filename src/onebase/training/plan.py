@@ -39,6 +39,7 @@ class Plan:
     tokens: int  # in one pass
     loss_tokens: int
     steps: int
+    lr: float  # the peak
     dtype: str
     way: str  # how rows are scored
     coverage: list[CoverageRow]
@@ -75,6 +76,7 @@ def make_plan(base: Base, config: TrainConfig, ready: Prepared) -> Plan:
         tokens=sum(len(row.ids) for row in rows),
         loss_tokens=sum(row.targets for row in rows),
         steps=total_steps(len(rows), config.optim),
+        lr=config.optim.lr,
         dtype=f"{base.dtype} ({base.dtype_reason})",
         way=ready.way.shown + _kept(base, config, ready),
         coverage=ready.coverage.rows(),

@@ -27,6 +27,7 @@ from onebase.models.scoring import Way, choose
 from onebase.models.vocabulary import Vocabulary, resolve_tokens
 from onebase.prediction import encode_rows
 from onebase.tasks import CAUSAL, EMBED
+from onebase.training.optim import usual_lr
 from onebase.training.warmstart import WarmStart, warm_start
 
 
@@ -112,6 +113,13 @@ def _read_pairs(base: Base, config: DataConfig, seed: int) -> Data:
     findings = check_pairs(train_rows, base.tokenizer.all_special_ids if base.tokenizer else ())
     summary = summarise(train, train_rows, findings, pairs=describe_pairs(train_rows))
     return Data(train, valid, train_rows, valid_rows, PromptFormat(), summary)
+
+
+def settled(base: Base, config: TrainConfig) -> TrainConfig:
+    """The config with the learning rate that is usual for this base, where none was named."""
+    if config.optim.lr:
+        return config
+    return replace(config, optim=replace(config.optim, lr=usual_lr(base.width)))
 
 
 def with_task(base: Base, config: TrainConfig, data: Data | None = None) -> tuple[Base, Data | None]:

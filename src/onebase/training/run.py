@@ -30,7 +30,7 @@ from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Due, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
-from onebase.training.prepare import Data, Prepared, prepare, with_task
+from onebase.training.prepare import Data, Prepared, prepare, settled, with_task
 from onebase.training.record import MetricsFile, RunRecord
 from onebase.training.speed import Prediction
 from onebase.training.step import Given
@@ -110,7 +110,7 @@ def train(
         if listener:
             listener(job.plan)
         with process_lock(job.folder / LOCK, wait=False), torch.random.fork_rng():
-            open_folder(job.folder, config)
+            open_folder(job.folder, job.config)
             return _train(job, hashed, listener, stop)
 
 
@@ -157,6 +157,7 @@ def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
     base, data = with_task(load_base(config.base, config.dtype), config)
+    config = settled(base, config)
     ready = prepare(base, config, data)
     plan = make_plan(base, config, ready)
     return plan, forecast(base, config, ready, plan)
@@ -168,8 +169,11 @@ def read_config(options: Mapping[str, Any]) -> TrainConfig:
         config = build(TrainConfig, with_start(options))
     else:
         stored = _stored_options(Path(options.get("output") or "."))
+        before = build(TrainConfig, stored)
         config = build(TrainConfig, {**stored, **options, "overwrite": options.get("overwrite", False)})
-        _check_same(_fixed(build(TrainConfig, stored)), _fixed(config))
+        if not config.optim.lr:  # the usual rate, which the run's own options name
+            config = replace(config, optim=replace(config.optim, lr=before.optim.lr))
+        _check_same(_fixed(before), _fixed(config))
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
     if not config.output:
@@ -278,6 +282,7 @@ class Job:
 
 def make_job(base: Base, config: TrainConfig, snapshot: Snapshot | None, data: Data | None = None) -> Job:
     """Check everything before the first step; base and rows (where they have been read) as `with_task` gives them."""
+    config = settled(base, config)
     ready = prepare(base, config, data)
     facts = _facts(base, config, ready)
     if snapshot:

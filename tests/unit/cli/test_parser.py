@@ -181,7 +181,7 @@ def test_help_names_every_option_once_with_its_default(name: str, capsys):
 def test_help_says_where_a_default_comes_from(capsys):
     main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "docs/evidence.md" in shown.partition("--lr ")[2].partition("(default: 0.001)")[0]
+    assert "docs/evidence.md" in shown.partition("--lr ")[2].partition("(default: 0.0)")[0]
     assert "(default: 16)" in shown.partition("--rank ")[2][:200]
 
 

@@ -33,7 +33,7 @@ def adapter():
 def snapshot(adapter, step=3, **progress):
     """A snapshot after one step of AdamW; `step` also marks its random state."""
     parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in adapter.tensors().items()}
-    optimizer = make_optimizer(parameters, OptimConfig())
+    optimizer = make_optimizer(parameters, OptimConfig(lr=1e-3))
     torch.manual_seed(step)
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from onebase.config import OptimConfig
-from onebase.errors import FormatError
+from onebase.errors import ConfigError, FormatError
 from onebase.training.optim import (
     SHAPES,
     lr_factor,
@@ -17,6 +17,7 @@ from onebase.training.optim import (
     optimizer_tensors,
     restore_optimizer,
     set_lr,
+    usual_lr,
 )
 
 # (options, total steps) -> the factor of every step
@@ -84,6 +85,22 @@ def test_lora_plus_is_for_b_alone():
     }
 
 
+def test_the_usual_rate_falls_with_the_roots_of_wide_bases():
+    assert [usual_lr(width) for width in (64, 576, None)] == [1e-3] * 3
+    assert [usual_lr(width) for width in (2304, 5184)] == pytest.approx([5e-4, 1e-3 / 3])
+
+
+@pytest.mark.parametrize("width", [1024, 1536, 2048, 3072, 4096])
+def test_the_usual_rate_is_near_what_others_fitted(width):
+    fitted = [5e-4 * (2000 / width) ** power for power in (0.0775, 0.781)]
+    assert min(fitted) / 1.1 < usual_lr(width) < max(fitted) * 1.1
+
+
+def test_no_rate_is_no_training():
+    with pytest.raises(ConfigError, match="lr"):
+        make_optimizer({"x.A": nn.Parameter(torch.zeros(1))}, OptimConfig())
+
+
 def test_the_options_reach_adamw():
     options = {"lr": 0.5, "beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "weight_decay": 0.25}
     (group,) = make_optimizer({"x.A": nn.Parameter(torch.zeros(1))}, OptimConfig(**options)).param_groups
@@ -129,7 +146,7 @@ def test_a_parameter_that_never_had_a_gradient_comes_back_too():
 
 def test_a_missing_tensor_is_named():
     parameters = factors_of()
-    optimizer = make_optimizer(parameters, OptimConfig())
+    optimizer = make_optimizer(parameters, OptimConfig(lr=1e-3))
     step(optimizer, parameters, 0)
     stored = optimizer_tensors(optimizer, parameters)
     del stored["up.B/exp_avg_sq"]

@@ -7,7 +7,7 @@ from onebase.data.template import PromptFormat
 from onebase.errors import BaseError, ConfigError, GateError
 from onebase.models.base import wrap_base
 from onebase.models.scoring import Way
-from onebase.training.prepare import prepare, read_data, tokenizer_of
+from onebase.training.prepare import prepare, read_data, settled, tokenizer_of
 from texts import CHATS, QUESTIONS, TEXTS, text_base, text_model, tokenizer, write_rows
 from tiny import tiny
 
@@ -40,6 +40,13 @@ def test_rows_are_split_encoded_and_counted(ready):
     assert data.form == PromptFormat(separator="\n")
     assert (found.way.name, found.allowed) == ("engine", ())
     assert ready(holdout=5, seed=4).data.valid != data.valid
+
+
+@pytest.mark.parametrize(("width", "usual"), [(32, 1e-3), (2304, 5e-4)])
+def test_the_rate_is_the_bases_usual_one_unless_it_is_named(width, usual, base, monkeypatch):
+    monkeypatch.setattr(base.model.config, "hidden_size", width)
+    for options, rate in (({}, usual), ({"lr": 0.25}, 0.25)):
+        assert settled(base, build(TrainConfig, options)).optim.lr == pytest.approx(rate)
 
 
 def test_the_answers_end_is_learnt(ready, base):

@@ -279,6 +279,16 @@ def stopped(base, files, tmp_path):
     return options
 
 
+def test_the_usual_rate_is_written_down_and_resumed(base, files, tmp_path):
+    options = {name: value for name, value in SMALL.items() if name != "lr"}
+    options |= {"data": files["questions"], "output": str(tmp_path / "run")}
+    plans = []
+    train(base, listener=plans.append, stop=lambda: True, **options)
+    assert yaml.safe_load((tmp_path / "run" / OPTIONS).read_text())["lr"] == plans[0].lr == 1e-3
+    result = train(base, output=options["output"], resume=True, lr=0)
+    assert (result.reason, result.record.settings["lr"]) == ("completed", 1e-3)
+
+
 # What differs -> (options, a part of the message)
 CHANGED = {
     "an option": ({"lr": 0.5}, r"resume: lr was 0\.01, is 0\.5"),
