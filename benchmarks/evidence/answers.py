@@ -102,13 +102,16 @@ def _kept(rows: Rows) -> str:
 
 
 def _scarce(rows: Rows) -> str:
-    """How far the held-out loss rose from its best to the end of training."""
+    """The held-out loss of both methods where it is best and where training ends."""
     told = []
     for count in rows.setting.scarce:
-        lora, full = ([run.rise for run in scarce_runs(rows, method, count)] for method in BOTH)
-        if lora and full:
-            told.append(f"{count:,} rows LoRA {mean(lora):+.3f}, full {mean(full):+.3f}")
-    return f"rise of the held-out loss after its best, nats: {'; '.join(told)}" if told else ""
+        lora, full = (scarce_runs(rows, method, count) for method in BOTH)
+        if lora and len(lora) == len(full):
+            best = Pair([run.best for run in lora], [run.best for run in full])
+            end = Pair([run.held_out for run in lora], [run.held_out for run in full])
+            told.append(f"{count:,} rows {apart(best)}{_wins(best)} and {apart(end)}{_wins(end)}")
+    head = "held-out loss at its best and at the end, LoRA minus full fine-tuning, nats"
+    return f"{head} (in brackets the seeds in which LoRA's is lower): {'; '.join(told)}" if told else ""
 
 
 def _many(rows: Rows) -> str:
