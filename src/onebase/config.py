@@ -286,16 +286,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "lora_plus", "eps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in (
-            "lr",
-            "max_steps",
-            "warmup",
-            "weight_decay",
-            "clip",
-            "eval_every",
-            "patience",
-            "save_every",
-        ):
+        for name in "lr max_steps warmup weight_decay clip eval_every patience save_every".split():
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         require("keep", self.keep, self.keep >= 1, "at least 1")
         for name in ("beta1", "beta2"):

@@ -116,10 +116,13 @@ def _read_pairs(base: Base, config: DataConfig, seed: int) -> Data:
 
 
 def settled(base: Base, config: TrainConfig) -> TrainConfig:
-    """The config with the learning rate that is usual for this base, where none was named."""
-    if config.optim.lr:
-        return config
-    return replace(config, optim=replace(config.optim, lr=usual_lr(base.width)))
+    """The config with the learning rate that is usual for this base, where it names none."""
+    return with_lr(config, usual_lr(base.width))
+
+
+def with_lr(config: TrainConfig, lr: float) -> TrainConfig:
+    """The config with this learning rate, where it names none."""
+    return config if config.optim.lr else replace(config, optim=replace(config.optim, lr=lr))
 
 
 def with_task(base: Base, config: TrainConfig, data: Data | None = None) -> tuple[Base, Data | None]:

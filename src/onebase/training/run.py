@@ -30,7 +30,7 @@ from onebase.training.loggers import open_loggers, require_loggers
 from onebase.training.loop import NAME, Due, Evaluated, Event, Finished, Session, Stepped, run_loop
 from onebase.training.optim import learned, make_optimizer, restore_optimizer
 from onebase.training.plan import Plan, make_plan
-from onebase.training.prepare import Data, Prepared, prepare, settled, with_task
+from onebase.training.prepare import Data, Prepared, prepare, settled, with_lr, with_task
 from onebase.training.record import MetricsFile, RunRecord
 from onebase.training.speed import Prediction
 from onebase.training.step import Given
@@ -157,8 +157,7 @@ def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
     base, data = with_task(load_base(config.base, config.dtype), config)
-    config = settled(base, config)
-    ready = prepare(base, config, data)
+    ready = prepare(base, config := settled(base, config), data)
     plan = make_plan(base, config, ready)
     return plan, forecast(base, config, ready, plan)
 
@@ -170,9 +169,8 @@ def read_config(options: Mapping[str, Any]) -> TrainConfig:
     else:
         stored = _stored_options(Path(options.get("output") or "."))
         before = build(TrainConfig, stored)
-        config = build(TrainConfig, {**stored, **options, "overwrite": options.get("overwrite", False)})
-        if not config.optim.lr:  # the usual rate, which the run's own options name
-            config = replace(config, optim=replace(config.optim, lr=before.optim.lr))
+        given = {**stored, **options, "overwrite": options.get("overwrite", False)}
+        config = with_lr(build(TrainConfig, given), before.optim.lr)
         _check_same(_fixed(before), _fixed(config))
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
@@ -385,9 +383,8 @@ def drive(
     writes = job.world.leads
     if writes:
         metrics.truncate_after(progress.step if progress.step else -1)
-    with open_loggers(
-        config.log if writes else (), session.folder, flatten(config), progress.step + 1
-    ) as loggers:  # pyright: ignore[reportArgumentType]
+    names: Any = config.log if writes else ()
+    with open_loggers(names, session.folder, flatten(config), progress.step + 1) as loggers:
         loop, given = run_loop(session, progress, stop), None
         while True:
             event, given = loop.send(given), None
