@@ -16,6 +16,7 @@ from benchmarks.evidence.plan import (
     PAIRED,
     SHORT,
     USUAL_RATES,
+    USUAL_TASKS,
     Job,
     best_rate,
     legs,
@@ -92,9 +93,9 @@ def default_rate(rows: Rows) -> str:
     """LoRA at the former default rate, the present one and a higher one: loss on the tuning rows."""
     setting, lines = rows.setting, []
     runs = [(leg.tune, f"{steps} steps of {setting.batch_size}") for leg, steps in legs(setting)]
-    runs.append(("usual", f"{setting.usual_epochs} epochs, batches of {setting.usual_batch}"))
-    for task in setting.tasks:
-        for kind, told in runs:
+    usual = ("usual", f"{setting.usual_epochs} epochs, batches of {setting.usual_batch}")
+    for number, task in enumerate(setting.tasks):
+        for kind, told in [*runs, usual] if number < USUAL_TASKS else runs:
             found = [rows.get(Job(kind, task, LORA, rate, TUNING_SEED)) for rate in USUAL_RATES]
             losses = [math.inf if row and row["tune"] is None else row and row["tune"] for row in found]
             least = min((loss for loss in losses if loss is not None), default=None)
