@@ -165,7 +165,7 @@ def where(rows: Rows) -> Figure:
         *zip(*line, strict=True), fmt="o-", color=COLOURS[LORA], capsize=2, label="all linear, by rank"
     )
     for (rank, _), point in zip(ranks, line, strict=True):
-        axis.annotate(f"{rank}", point[:2], (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axis.annotate(f"{rank}", point[:2], (5, 4), textcoords="offset points", fontsize=7)
     for mark, group, label in PLACES:
         colour = COLOURS[FULL] if FULL in group else "#009e73"
         some = [points[name] for name in group if name in points]
