@@ -32,14 +32,12 @@ from benchmarks.common import (
     parser,
 )
 from benchmarks.serving import begin, new_engine, of_onebase, prompts, write_adapters
-from benchmarks.sides import gates
+from benchmarks.sides import WORKS, gates
 from benchmarks.workload import (
     WARM_UP,
     Place,
     open_base,
     options,
-    our_work,
-    peft_work,
     prepare,
     read_batches,
     shuffled,
@@ -68,15 +66,12 @@ def others(count: int) -> Generator[None]:
             one.wait()
 
 
-def one_side(given: argparse.Namespace) -> Numbers:
+def one_side(given: argparse.Namespace) -> dict[str, float]:
     """Tokens a second of training, and for ours of decoding one request; what both gave, for the gates."""
     place = Place(given.place, given.folder, given.dtype)
     batches = read_batches(place)
-    if given.side == PEFT:
-        work = peft_work(place.base, place.adapter, place.dtype, tuned=False)
-    else:
-        work = our_work(open_base(place.base, place.dtype), place.adapter, share=False)
-    steps = list(train(work, batches))
+    how = WORKS[PEFT if given.side == PEFT else OURS]
+    steps = list(train(how.start(how.open(place), place), batches))
     timed = slice(WARM_UP, None)
     found = {
         "training": tokens(batches[timed]) / sum(seconds for _, seconds in steps[timed]),
@@ -85,7 +80,7 @@ def one_side(given: argparse.Namespace) -> Numbers:
     return found if given.side == PEFT else {**found, **decoded(given)}
 
 
-def decoded(given: argparse.Namespace) -> Numbers:
+def decoded(given: argparse.Namespace) -> dict[str, float]:
     """Tokens a second of one request, the median of five, and a number that is equal where the tokens are."""
     base = open_base(given.place, given.dtype)
     asked = prompts(base, given.data, 16)[:1]
@@ -128,4 +123,4 @@ if __name__ == "__main__":
     made = options(parser(__doc__, runs=3, sides=tuple(SETTING)))
     made.add_argument("--place", help=argparse.SUPPRESS)
     made.add_argument("--folder", help=argparse.SUPPRESS)
-    begin(made.parse_args(), main, dict.fromkeys(SETTING, lambda given: dict(one_side(given))))
+    begin(made.parse_args(), main, dict.fromkeys(SETTING, one_side))

@@ -85,12 +85,9 @@ def rounded_runs(rows: Rows) -> list[Rounded]:
 
 def others(rows: Rows, task: str, leg: Leg) -> Pair:
     """The mean change of loss on the tasks that were not trained, of both methods."""
-    base = rows.get(Job(leg.base))
-    return (
-        pair(rows, task, lambda f: other_loss(f, base, task, rows.setting.tasks), leg)
-        if base
-        else Pair([], [])
-    )
+    if not (base := rows.get(Job(leg.base))):
+        return Pair([], [])
+    return pair(rows, task, lambda f: other_loss(f, base, task, rows.setting.tasks), leg)
 
 
 def other_loss(found: Found, base: Found, task: str, tasks: Sequence[str]) -> float:

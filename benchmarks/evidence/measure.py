@@ -193,7 +193,6 @@ def trained(
 def run_base(bench: Bench, job: Job) -> Found:
     tasks = bench.setting.tasks
     return {
-        "tune": bench.losses(bench.base, None, tasks, "tune"),
         "test": bench.losses(bench.base, None, tasks, "test"),
         "metric": {name: bench.metric(bench.base, None, name) for name in tasks},
         "rows": {name: [len(r) for r in bench.task(name)[:4]] for name in tasks},

@@ -138,7 +138,7 @@ def matrix(rows: Rows) -> Figure:
     return figure
 
 
-PLACES = (  # mark, methods, label
+MARKS = (  # mark, methods, label
     ("s", ("attention", "attention-even"), "attention only"),
     ("^", ("mlp", "mlp-even"), "MLP only"),
     ("v", ("rslora-64",), "rsLoRA, rank 64"),
@@ -166,9 +166,9 @@ def where(rows: Rows) -> Figure:
     )
     for (rank, _), point in zip(ranks, line, strict=True):
         axis.annotate(f"{rank}", point[:2], (5, 4), textcoords="offset points", fontsize=7)
-    for mark, group, label in PLACES:
+    for mark, group, label in MARKS:
         colour = COLOURS[FULL] if FULL in group else "#009e73"
-        some = [points[name] for name in group if name in points]
+        some = [points[name] for name in group]
         axis.errorbar(*zip(*some, strict=True), fmt=mark, color=colour, capsize=2, label=label)
     _legend(axis, figure)
     return figure

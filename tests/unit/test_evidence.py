@@ -21,6 +21,7 @@ from benchmarks.evidence.pictures import PICTURES, svg
 from benchmarks.evidence.plan import (
     ALL_RATES,
     DEFAULT,
+    FORMER_DEFAULT,
     FULL,
     LONG,
     LORA,
@@ -123,7 +124,9 @@ def test_reported_runs_follow_their_search_and_have_another_seed():
             if job.kind != leg.final or job.method not in (LORA, FULL):
                 continue
             tried = [j for j in order[:place] if j[:3] == (leg.tune, job.task, job.method)]
-            assert {j.lr for j in tried} >= set(rates_from(METHODS[job.method].start))
+            searched = [j for j in tried if j.lr != FORMER_DEFAULT]  # which is beside the grid
+            assert len(searched) == 3
+            assert {j.lr for j in searched} == set(rates_from(METHODS[job.method].start))
             assert {j.seed for j in tried} == {TUNING_SEED} != {job.seed}
             assert job.lr == METHODS[job.method].start
 

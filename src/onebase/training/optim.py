@@ -1,4 +1,4 @@
-"""AdamW over an adapter's factors, LoRA+ learning rates, and the schedule as a pure function of the step."""
+"""AdamW over an adapter's factors, the usual and LoRA+'s learning rates, and the schedule as a function of the step."""
 
 from __future__ import annotations
 

@@ -157,9 +157,8 @@ def foresee(options: Mapping[str, Any]) -> tuple[Plan, Prediction | None]:
     if not config.data.data:
         raise ConfigError("option data", "is empty: training needs rows", hint="--data rows.jsonl")
     base, data = with_task(load_base(config.base, config.dtype), config)
-    ready = prepare(base, config := settled(base, config), data)
-    plan = make_plan(base, config, ready)
-    return plan, forecast(base, config, ready, plan)
+    job = make_job(base, config, None, data)
+    return job.plan, forecast(base, job.config, job.ready, job.plan)
 
 
 def read_config(options: Mapping[str, Any]) -> TrainConfig:

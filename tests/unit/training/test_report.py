@@ -198,7 +198,7 @@ def test_the_same_run_gives_the_same_page(report):
 def test_options_are_parted_by_their_defaults():
     parts = options(flatten(CONFIG) | {"gone": 1})
     assert parts["changed"] == {"seed": 7, "rank": 8, "system": EVIL, "gone": 1}
-    assert parts["default"]["clip"] == 1.0
+    assert (parts["default"]["lr"], parts["default"]["clip"]) == (0, 1.0)
     assert parts["default"]["exclude_modules"] == []
 
 
